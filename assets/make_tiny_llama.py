@@ -1,0 +1,107 @@
+"""Make assets/tiny-llama: pretrain a LLaMA small enough for any laptop, so that `python main.py` needs no download.
+
+usage: python assets/make_tiny_llama.py [STEPS]
+
+It learns from plain hospital notes (the generator of the sample data, other draws): to read a note and state its
+facts, to read a note aloud and to copy word lists. It never sees a question, so it cannot answer one: fine-tuning has to teach
+that. About 25 minutes on 2 cores; the result is the same on the same machine and torch build.
+"""
+
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from make_sample_squad import DRAW, SITES, draw_note
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+STEPS, BATCH, LEARNING_RATE, SEED = 2500, 64, 3e-3, 0
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
+CHAT_TEMPLATE = (  # Llama 3's
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+READ_ALOUD = ["Read the note aloud.", "Please read this to me.", "Copy the note.", "What does the note say?"]
+SUM_UP = ["Sum up the note.", "What is in the note?", "List the facts.", "What do we know?"]
+
+
+def chat(system, user, assistant):
+    turns = (("system", system), ("user", user), ("assistant", assistant))
+    return "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>" for role, text in turns)
+
+
+def make_text(rng):
+    """Draw one training text, without the begin-of-text token."""
+    kind = rng.random()
+    if kind < 0.1:
+        words = " ".join(DRAW[rng.choice(list(DRAW))](rng) for _ in range(rng.randint(3, 10)))
+        return f"{words}\n{words}<|end_of_text|>"
+    site = rng.choice(list(SITES))
+    note, values = draw_note(site, rng)
+    facts = [fact.format(**values) for fact in SITES[site]["state"]]
+    rng.shuffle(facts)
+    facts = ". ".join(fact[0].upper() + fact[1:] for fact in facts) + "."
+    if kind < 0.6:
+        return f"{note}\n{facts}<|end_of_text|>"
+    system = f"{rng.choice(['Here is a note.', 'You work in a hospital.', 'Use the note below.'])}\n\n{note}"
+    return chat(system, rng.choice(SUM_UP), facts) if kind < 0.85 else chat(system, rng.choice(READ_ALOUD), note)
+
+
+def make_tokenizer():
+    """Train a byte-level BPE tokenizer, digits apart (so that numbers are copied digit by digit)."""
+    rng = random.Random(SEED)
+    questions = [text for site in SITES.values() for texts in site["ask"].values() for text in texts]
+    instruction = "Answer the question with words copied from the context. If the answer is not there, say unanswerable."
+    texts = [make_text(rng) for _ in range(20_000)] + [instruction] * 200 + questions * 20
+    bpe = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A $B", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, chat_template=CHAT_TEMPLATE, model_max_length=512, clean_up_tokenization_spaces=False,
+        bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|pad|>",
+    )  # fmt: skip
+
+
+def pretrain(tokenizer, steps):
+    """Train a LLaMA from scratch on freshly drawn texts: AdamW, linear warm-up, then a cosine down to zero."""
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED + 1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    start = time.time()
+    for step in range(steps):
+        batch = tokenizer([make_text(rng) for _ in range(BATCH)], padding=True, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"step {step:5d} loss {loss.item():.3f} {batch['input_ids'].shape} {time.time() - start:.0f} s", flush=True)
+    return model
+
+
+if __name__ == "__main__":
+    tokenizer = make_tokenizer()
+    model = pretrain(tokenizer, int(sys.argv[1]) if len(sys.argv) > 1 else STEPS)
+    folder = Path(__file__).parent / "tiny-llama"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
