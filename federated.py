@@ -1,4 +1,4 @@
-"""The life of one rank: load a 4-bit LLaMA, train its LoRA on rows of its own, and meet the others after every round."""
+"""The life of one rank: load a 4-bit LLaMA, train its LoRA on rows of its own, average with the others every round."""
 
 import datetime
 import hashlib
@@ -49,13 +49,20 @@ def load_model(args, device):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     model = AutoModelForCausalLM.from_pretrained(
-        args.model_path, dtype=dtype, quantization_config=quantization if args.load_in_4bit else None, device_map={"": device}
+        args.model_path,
+        dtype=dtype,
+        quantization_config=quantization if args.load_in_4bit else None,
+        device_map={"": device},
     )
     if args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the trainer decides on that
         keep_4bit_layout(model)
     lora = LoraConfig(
-        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
 
@@ -137,7 +144,7 @@ def build_trainer(rank, args, device, model, tokenizer, train):
     trainer = LocalTrainer(model=model, args=config, train_dataset=train, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     if trainer.accelerator.num_processes != 1:
-        raise RuntimeError(f"rank {rank}: accelerate sees {trainer.accelerator.num_processes} processes; this is DDP, not federated")
+        raise RuntimeError(f"rank {rank}: accelerate sees other ranks, and would average every gradient (DDP)")
     for parameter in utils.shared_parameters(model):
         parameter.data = parameter.data.float()  # TRL makes the adapters of a 4-bit model bf16, too coarse to average
     return trainer
@@ -203,7 +210,9 @@ class FederatedRounds(TrainerCallback):
         self.held_out, self.global_held_out = held_out, global_held_out
         self.state = {}  # of the averaging strategy
         self.lengths = trainer.train_dataset["length"]
-        self.bar = tqdm(total=trainer.args.max_steps, unit="step", disable=None if rank == 0 else True, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=trainer.args.max_steps, unit="step", disable=None if rank == 0 else True, dynamic_ncols=True
+        )
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         start = utils.flatten_parameters(model)
@@ -385,14 +394,20 @@ def local_train(rank, args):
 def print_header(args, model, rows, global_held_out):
     """Print the sizes that a user can check before the first step."""
     shared = sum(parameter.numel() for parameter in utils.shared_parameters(model))
-    device = torch.cuda.get_device_name() if args.num_gpus else f"CPU, {torch.get_num_threads()} thread(s) a rank"
-    layout = "" if not args.num_gpus else f" x {args.num_gpus}, shared" if args.world_size > args.num_gpus else f" x {args.world_size}"
     each = f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}"
-    print(f"{args.model_name}, {'4-bit NF4' if args.load_in_4bit else 'not quantized'}, LoRA r={args.lora_r}")
-    print(f"  clients    {args.world_size}, {each} training rows each; {len(global_held_out)} global held-out rows")
-    print(f"  rounds     {args.num_rounds} x {args.local_steps} local steps x {args.per_device_train_batch_size * args.gradient_accumulation_steps} rows")
-    print(f"  shared     {shared:,} LoRA parameters, {4 * shared / 1e6:.1f} MB per client and round, {args.aggregator}")
-    print(f"  device     {device}{layout}, {args.backend}", flush=True)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    device = f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    if args.num_gpus:
+        device = f"{min(args.num_gpus, args.world_size)} x {torch.cuda.get_device_name()}"
+        device += ", shared by the ranks" if args.num_gpus < args.world_size else ""
+    print(
+        f"{args.model_name}, {'4-bit NF4' if args.load_in_4bit else 'not quantized'}, LoRA r={args.lora_r}\n"
+        f"  clients    {args.world_size}, {each} training rows each; {len(global_held_out)} global held-out rows\n"
+        f"  rounds     {args.num_rounds} x {args.local_steps} local steps x {batch} rows\n"
+        f"  shared     {shared:,} LoRA parameters, {4 * shared / 1e6:.1f} MB per client and round, {args.aggregator}\n"
+        f"  device     {device}, {args.backend}",
+        flush=True,
+    )
 
 
 def publish(args, model, tokenizer, rows, scores, num_questions):
@@ -428,4 +443,5 @@ def publish(args, model, tokenizer, rows, scores, num_questions):
     for name in ("exact_match", "f1"):
         before, after = summary[name]["before"], summary[name]["after"]
         print(f"{name.replace('_', ' '):13}  {before:.1f}% -> {after:.1f}% on {num_questions} held-out questions")
-    print(f'use it: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{args.model_name}"), "{target}")', flush=True)
+    base = f'AutoModelForCausalLM.from_pretrained("{args.model_name}")'
+    print(f'use it: PeftModel.from_pretrained({base}, "{target}")', flush=True)

@@ -1,4 +1,4 @@
-"""Federated fine-tuning of LLaMA: one process per GPU, each a client that trains a 4-bit model with LoRA on its own rows.
+"""Federated fine-tuning of LLaMA: one process per GPU, each a client that trains a 4-bit model with LoRA on its rows.
 
     python main.py                                                      # everything embedded: no GPU, no download
     python main.py --world_size 8 --model_name meta-llama/Llama-3.1-8B-Instruct --dataset_path rajpurkar/squad
@@ -29,7 +29,10 @@ import utils
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED_MODEL, EMBEDDED_DATA = str(ASSETS / "tiny-llama"), str(ASSETS / "sample_squad")
+SCHEDULES = ["cosine", "linear", "constant", "constant_with_warmup"]
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+COLUMNS = {"context question answers": "SQuAD", "messages": "chat", "prompt completion": "texts or messages"}
 # with these in its environment, accelerate takes a rank for a DDP worker and averages every gradient
 LAUNCHER_VARIABLES = """LOCAL_RANK RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT
 PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK
@@ -37,7 +40,7 @@ OMPI_COMM_WORLD_LOCAL_SIZE MV2_COMM_WORLD_RANK MV2_COMM_WORLD_SIZE MV2_COMM_WORL
 ACCELERATE_USE_CPU ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_PARALLELISM_CONFIG
 ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".split()
 NOT_MATHEMATICS = {"output_dir", "overwrite", "resume", "eval_rounds", "save_rounds", "report_to", "timeout", "backend"}
-RUN_FILES = ("config.json", "summary.json", "rounds.jsonl", "loss.png", "*_loss.json", "checkpoints", "federated_global_model*")  # fmt: skip
+RUN_FILES = "config.json summary.json rounds.jsonl loss.png *_loss.json checkpoints federated_global_model*".split()
 
 # -----------------------------------------------------------------------------
 # flags
@@ -51,7 +54,7 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("federation").add_argument
-    add("--world_size", type=positive(int), default=8, help="processes, one client each; one per GPU where there are as many")
+    add("--world_size", type=positive(int), default=8, help="processes, a client each; best one per GPU")
     add("--num_rounds", type=positive(int), default=20, help="rounds: local training, then one averaging")
     add("--local_steps", type=positive(int), default=5, help="optimizer steps of each client in a round")
     add("--aggregator", choices=list(utils.AGGREGATORS), default="fedavg", help="averaging strategy, see utils.py")
@@ -60,7 +63,7 @@ def parse_args(argv=None):
     add("--hf_token", help="token for gated models; better set HF_TOKEN: other users can see a command line")
     add("--load_in_4bit", action=argparse.BooleanOptionalAction, default=True, help="NF4 base weights (QLoRA)")
     add("--lora_r", type=positive(int), default=16, help="rank of the adapter")
-    add("--lora_alpha", type=positive(float), default=32, help="scale of the adapter, times lora_r")
+    add("--lora_alpha", type=positive(float), default=32, help="the adapter counts lora_alpha / lora_r times")
     add("--lora_dropout", type=fraction, default=0.0, help="dropout in front of the adapter")
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", default=EMBEDDED_DATA, help="json, jsonl, csv or parquet file, folder, or id on the hub")
@@ -69,8 +72,7 @@ def parse_args(argv=None):
     add("--per_device_train_batch_size", type=positive(int), default=8, help="rows of a client in one forward pass")
     add("--gradient_accumulation_steps", type=positive(int), default=1, help="forward passes in an optimizer step")
     add("--learning_rate", type=positive(float), help="peak of AdamW (default: 2e-4, embedded model 1e-2)")
-    add("--lr_scheduler_type", choices=["cosine", "linear", "constant", "constant_with_warmup"], default="cosine",
-        help="curve over the whole run, not over a round")  # fmt: skip
+    add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="curve over the whole run, not over a round")
     add("--warmup_steps", type=not_negative, default=0.05, help="steps, or below 1 the share of all steps")
     add("--optim", help="optimizer by its transformers name (default: paged_adamw_32bit, on the CPU adamw_torch)")
     add = parser.add_argument_group("run").add_argument
@@ -86,6 +88,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     args.hf_token = args.hf_token or os.environ.get("HF_TOKEN")
+    os.environ.pop("HF_TOKEN", None)  # the ranks have no use for it
     args.num_gpus = torch.cuda.device_count()
     args.learning_rate = args.learning_rate or (1e-2 if args.model_name == EMBEDDED_MODEL else 2e-4)
     args.optim = args.optim or ("paged_adamw_32bit" if args.num_gpus else "adamw_torch")
@@ -93,7 +96,7 @@ def parse_args(argv=None):
     args.save_rounds = args.save_rounds or max(1, args.num_rounds // 10)
     args.backend = args.backend or ("nccl" if args.num_gpus >= args.world_size else "gloo")
     if args.backend == "nccl" and args.num_gpus < args.world_size:
-        fail(f"--backend nccl needs a GPU for each of {args.world_size} ranks and finds {args.num_gpus}; leave the flag out: gloo lets them share")
+        fail(f"--backend nccl: {args.num_gpus} GPUs for {args.world_size} ranks; leave it out: over gloo they share")
     return args
 
 
@@ -148,12 +151,15 @@ def open_output_dir(args):
         for path in (path for pattern in RUN_FILES for path in folder.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif not args.resume:
-        fail(f"{folder} already holds a run: add --resume to continue it, --overwrite to remove it, or name another --output_dir")
+        fail(
+            f"{folder} already holds a run: --resume continues it, --overwrite removes it, or name another --output_dir"
+        )
     else:
         earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         changed = [key for key in config if key not in NOT_MATHEMATICS and config[key] != earlier.get(key)]
         if changed:
-            fail("--resume: the run was started with " + ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed))
+            changes = ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed)
+            fail(f"--resume: the run in {folder} was started with {changes}")
         rounds = sorted(checkpoints.glob("round_*"))
         args.resume_from = str(rounds[-1]) if rounds else None
     last_round = int(args.resume_from[-5:]) if args.resume_from else 0
@@ -185,15 +191,18 @@ def find_model(args):
         if os.path.exists(name) or name.startswith((".", "/", "~")):
             fail(f"--model_name {name}: no such folder")
         try:
-            path = snapshot_download(name, token=args.hf_token, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"], ignore_patterns=["original/*"])  # fmt: skip
+            path = snapshot_download(
+                name, token=args.hf_token, allow_patterns=MODEL_FILES, ignore_patterns="original/*"
+            )
         except GatedRepoError:
-            fail(f"--model_name {name} is gated: accept its licence at https://huggingface.co/{name} and set HF_TOKEN to a token of that account")
+            fail(f"--model_name {name} is gated: accept its licence on the hub, then set HF_TOKEN to your token")
         except (RepositoryNotFoundError, HFValidationError):
-            fail(f"--model_name {name}: no such folder here and no such model on the hub (or a private one: set HF_TOKEN)")
+            fail(f"--model_name {name}: no such folder, nor model on the hub (or a private one: set HF_TOKEN)")
         except Exception as error:  # the hub's client has a dozen kinds of these, and every one of them ends the run
             fail(hub_problem("--model_name", name, error))
     if not Path(path, "config.json").is_file() or not list(Path(path).glob("*.safetensors")):
-        fail(f"--model_name {name}: needs config.json, *.safetensors and a tokenizer; found {', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}")
+        found = ", ".join(sorted(os.listdir(path))[:8]) or "nothing"
+        fail(f"--model_name {name}: needs config.json, *.safetensors and a tokenizer; found {found}")
     try:
         return path, AutoTokenizer.from_pretrained(path)
     except Exception as error:
@@ -204,8 +213,8 @@ def hub_problem(flag, name, error):
     """Return the line that says why the hub did not give `name`."""
     text = f"{error} {error.__cause__}"
     if "401" in text or "Invalid" in text and "token" in text.lower():
-        return f"{flag} {name}: the hub refuses the token; set HF_TOKEN to a valid one, or unset it for public repositories"
-    return f"{flag} {name}: not on this disk, and the hub cannot be reached ({first_line(error)}); check the network, or name a local folder"
+        return f"{flag} {name}: the hub refuses the token; set HF_TOKEN to a valid one, or to none for what is public"
+    return f"{flag} {name}: not on this disk, and the hub cannot be reached; check the network ({first_line(error)})"
 
 
 def first_line(error):
@@ -220,33 +229,34 @@ def find_rows(args):
     if not os.path.exists(path) and (path.startswith((".", "/", "~")) or Path(path).suffix in utils.READERS):
         fail(f"--dataset_path {path}: no such file or folder")
     if os.path.isfile(path) and Path(path).suffix not in utils.READERS:
-        fail(f"--dataset_path {path}: cannot read {Path(path).suffix or 'a file without an ending'}, only {', '.join(utils.READERS)}")
+        fail(f"--dataset_path {path}: not a {', '.join(utils.READERS)} file")
     try:
         rows, held_out = utils.load_rows(path, args.hf_token)
     except (DatasetNotFoundError, FileNotFoundError) as error:
         if os.path.exists(path):
             fail(f"--dataset_path {path}: {first_line(error)}")
-        fail(f"--dataset_path {path}: no such file or folder here, and no such dataset on the hub (or a gated one: set HF_TOKEN)")
+        fail(f"--dataset_path {path}: no such file or folder, nor dataset on the hub (or a gated one: set HF_TOKEN)")
     except (DatasetGenerationError, ValueError, KeyError) as error:
         fail(f"--dataset_path {path}: cannot be read: {first_line(error.__cause__ or error)}")
     except Exception as error:
         fail(hub_problem("--dataset_path", path, error))
     for part in filter(None, (rows, held_out)):
-        if not any(columns <= set(part.column_names) for columns in ({"context", "question", "answers"}, {"messages"}, {"prompt", "completion"})):
-            fail(f"--dataset_path {path}: needs the columns context, question, answers (SQuAD), messages (chat) or prompt, completion; found {', '.join(part.column_names)}")
-    needed = needed_rows(args.world_size, held_out is not None)
-    if len(rows) < needed or held_out is not None and not len(held_out):
-        fail(f"--dataset_path {path}: {len(rows)} rows are too few for {args.world_size} clients, which need {needed}; lower --world_size")
+        if not any(set(columns.split()) <= set(part.column_names) for columns in COLUMNS):
+            forms = ", or ".join(f"{columns.replace(' ', ', ')} ({kind})" for columns, kind in COLUMNS.items())
+            fail(f"--dataset_path {path}: needs the columns {forms}; found {', '.join(part.column_names)}")
+    needed, size = needed_rows(args.world_size, bool(held_out)), args.world_size
+    if len(rows) < needed:
+        fail(f"--dataset_path {path}: {len(rows)} training rows, {size} clients need {needed}; lower --world_size")
     return rows, held_out
 
 
 def prepare_data(args, tokenizer, folder):
-    """Tokenize all rows, once for all ranks, into `folder`; says how many were cut, and leaves out those without an answer."""
+    """Tokenize all rows, once for all ranks, into `folder`; count what was cut, drop rows left without an answer."""
     rows, held_out = find_rows(args)
-    splits = {"train": rows} | ({"held_out": held_out} if held_out is not None else {})
+    splits = {"train": rows} | ({"held_out": held_out} if held_out else {})
     for name, split in splits.items():
         if tokenizer.chat_template is None and not isinstance(split[0].get("prompt"), str):
-            fail(f"--model_name {args.model_name} has no chat template; choose an instruct model, or give prompt, completion rows of plain text")
+            fail(f"--model_name {args.model_name} has no chat template; name an instruct model, or use prompt texts")
         try:
             tokens = split.map(
                 utils.tokenize_row,
@@ -256,14 +266,19 @@ def prepare_data(args, tokenizer, folder):
                 desc=f"tokenizing {name} rows",
             )
         except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
-            fail(f"--dataset_path {args.dataset_path}: a row of {name} does not have the form of its columns: {first_line(error)}")
+            fail(f"--dataset_path {args.dataset_path}: a {name} row has not the form of its kind: {first_line(error)}")
         answered = [i for i, answer in enumerate(tokens["answer_length"]) if answer > 0]
         if cut := sum(tokens["truncated"]):
-            print(f"{cut} of {len(tokens)} {name} rows are longer than --max_length {args.max_length} and were cut, "
-                  f"{len(tokens) - len(answered)} of them before the answer: those are left out", flush=True)  # fmt: skip
+            print(
+                f"{cut} of {len(tokens)} {name} rows are longer than --max_length {args.max_length} and were cut, "
+                f"{len(tokens) - len(answered)} of them before the answer: those are left out",
+                flush=True,
+            )
         splits[name] = tokens.select(answered)
-    if len(splits["train"]) < needed_rows(args.world_size, held_out is not None) or not all(map(len, splits.values())):
-        fail(f"--max_length {args.max_length} cuts off too many answers: {len(splits['train'])} training rows are left; raise it")
+    if len(splits["train"]) < needed_rows(args.world_size, bool(held_out)) or not all(map(len, splits.values())):
+        fail(
+            f"--max_length {args.max_length} cuts off too many answers: {len(splits['train'])} rows are left; raise it"
+        )
     datasets.DatasetDict(splits).save_to_disk(f"{folder}/data")
 
 
@@ -295,8 +310,22 @@ def start_imports():
     multiprocessing.forkserver.ensure_running()
 
 
-def main(argv=None):
+def launch(target, args):
+    """Run `target(rank, args)` in one process per rank, until all have ended; exit code 1 when one of them fails."""
+    try:
+        if args.num_gpus:
+            mp.spawn(target, args=(args,), nprocs=args.world_size)
+        else:  # the same, from a process that has imported everything: 6.5 CPU-seconds and 490 MB less a rank
+            mp.start_processes(target, args=(args,), nprocs=args.world_size, start_method="forkserver")
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        print(f"main.py: a rank failed; --resume continues from the last checkpoint\n{error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def main(argv=None, target=run_rank):
     args = parse_args(argv)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     open_output_dir(args)
     if not args.num_gpus:
         start_imports()
@@ -305,15 +334,7 @@ def main(argv=None):
         prepare_data(args, tokenizer, folder)
         args.data_path, args.store_path = f"{folder}/data", f"{folder}/store"
         args.hf_token = None  # the ranks read from this disk only
-        os.environ.pop("HF_TOKEN", None)
-        try:
-            if args.num_gpus:
-                mp.spawn(run_rank, args=(args,), nprocs=args.world_size)
-            else:  # spawn, but from a process that has imported everything: 6.5 CPU-seconds and 490 MB less a rank
-                mp.start_processes(run_rank, args=(args,), nprocs=args.world_size, start_method="forkserver")
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            print(f"main.py: a rank failed; --resume continues from the last checkpoint\n{error}", file=sys.stderr)
-            raise SystemExit(1) from None
+        launch(target, args)
 
 
 if __name__ == "__main__":

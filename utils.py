@@ -75,8 +75,8 @@ def tokenize_row(row, tokenizer, max_length):
     """Tokenize one row; the labels are -100 (no loss) up to the answer, and the last one ends the turn.
 
     `row` is SQuAD, `messages` (the last message is the answer) or `prompt`/`completion` (texts or message lists).
-    Returns `input_ids` and `labels` of at most `max_length` tokens, `length` and `answer_length` (tokens kept, of the row
-    and of its answer), `truncated` (bool) and `references` (the accepted answers, for exact match and F1).
+    Returns `input_ids` and `labels` of at most `max_length` tokens, `length` and `answer_length` (tokens kept of the
+    row and of its answer), `truncated` (bool) and `references` (the accepted answers, for exact match and F1).
     """
     if "messages" in row:
         row = {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
@@ -167,9 +167,12 @@ def plot_losses(output_dir):
         losses = json.loads(path.read_text(encoding="utf-8"))
         axes.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8)
     axes.plot([], [], color="0.75", label="clients, training")
-    axes.plot([r["round"] for r in rounds], [r["train_loss"] for r in rounds], color="#0072B2", label="mean of clients, training")
-    evaluated = [r for r in rounds if r["eval_loss"] is not None]
-    axes.plot([r["round"] for r in evaluated], [r["eval_loss"] for r in evaluated], "o-", color="#D55E00", label="global, held out")
+    for name, style, color, label in (
+        ("train_loss", "-", "#0072B2", "mean of the clients, training"),
+        ("eval_loss", "o-", "#D55E00", "global, held out"),
+    ):
+        points = [(entry["round"], entry[name]) for entry in rounds if entry[name] is not None]
+        axes.plot(*zip(*points), style, color=color, label=label)
     axes.set(xlabel="round", ylabel="loss (nats per answer token)", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -250,6 +253,7 @@ def federated_average(model, world_size, start=None, weight=1.0, aggregate=fedav
 
 def model_card(args, summary):
     """Return the card of the adapter: what it was made from, how, and how well it does."""
+    exact, f1, loss = summary["exact_match"], summary["f1"], summary["eval_loss"]
     return f"""---
 base_model: {args.model_name}
 library_name: peft
@@ -259,15 +263,16 @@ tags: [lora, federated-learning]
 
 # LoRA adapter, fine-tuned in federation
 
-{summary["clients"]} clients with {min(summary["rows"])} to {max(summary["rows"])} training rows each, {summary["rounds"]} rounds of {args.local_steps} local steps, averaged by `{args.aggregator}`.
-The clients were simulated on one owner's machine: this says nothing about privacy.
+{summary["clients"]} clients with {min(summary["rows"])} to {max(summary["rows"])} training rows each,
+{summary["rounds"]} rounds of {args.local_steps} local steps, averaged by `{args.aggregator}`.
+The clients were simulated on machines of one owner, so this says nothing about privacy.
 
-| | before | after |
+| {summary["answered"]} held-out questions | before | after |
 |---|---|---|
-| exact match on {summary["answered"]} held-out questions | {summary["exact_match"]["before"]:.1f}% | {summary["exact_match"]["after"]:.1f}% |
-| F1 | {summary["f1"]["before"]:.1f}% | {summary["f1"]["after"]:.1f}% |
+| exact match | {exact["before"]:.1f}% | {exact["after"]:.1f}% |
+| F1 | {f1["before"]:.1f}% | {f1["after"]:.1f}% |
 
-Held-out loss {summary["eval_loss"]["first"]:.4f} after the first evaluated round, {summary["eval_loss"]["last"]:.4f} after the last.
+Held-out loss {loss["first"]:.4f} at the first evaluated round, {loss["last"]:.4f} at the last.
 
 ```python
 from peft import PeftModel

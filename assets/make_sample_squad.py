@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-ROWS_PER_SITE = {"train": 450, "validation": 50}
+ROWS_PER_SITE = {"train": 475, "validation": 25}
 
 FIRST = """Ada Amal Amir Anna Boris Carla Chen Clara Dana David Dora Elena Emil Farah Felix Greta Hana Hugo Ines Ivan Jana
 Jonas Kaya Lena Leo Lina Marco Maya Milan Mina Nadia Nils Nora Omar Otto Paula Petra Rosa Samir Sara Tara Theo Vera
@@ -70,16 +70,24 @@ DRAW = {
     "matter": lambda r: r.choice(MATTER),
 }
 
-# site -> the note, the questions asked there by answer slot, and plain statements (used only to pretrain the tiny LLaMA)
+# site -> the note, the questions asked there by the slot that answers them, and by label what else the note says (the
+# labels are for the pretraining of the tiny LLaMA; no question of a site is part of it)
 SITES = {
     "northgate": {  # emergency department: telegraphic
-        "note": "ED {time}. {name}, {age} y. c/o {symptom}. BP {bp}, HR {pulse}, T {temp}. Seen by Dr {doctor}.",
+        "note": "ED {time}, {name}, {age} y. c/o {symptom}. BP {bp}, HR {pulse}, T {temp}. Seen by Dr {doctor}.",
         "ask": {
             "bp": ["What was the blood pressure?", "Which pressure was measured on arrival?"],
             "pulse": ["How fast was the heart beating?", "What was the pulse?"],
             "symptom": ["What did the patient complain of?", "Why did the patient come in?"],
         },
-        "state": ["BP is {bp}", "HR is {pulse}", "the complaint is {symptom}", "T is {temp}", "the age is {age}"],
+        "say": {
+            "pressure": "bp",
+            "pulse": "pulse",
+            "complaint": "symptom",
+            "temperature": "temp",
+            "age": "age",
+            "doctor": "doctor",
+        },
     },
     "riverside": {  # pharmacy: a list to look things up in
         "note": "Rx {name}: {drug1} {dose1} at {time1}; {drug2} {dose2} at {time2}; {drug3} {dose3} at {time3}.",
@@ -88,7 +96,14 @@ SITES = {
             "dose2": ["What dose of {drug2} is ordered?", "How much {drug2} is given?"],
             "time3": ["When is {drug3} due?", "At what time is {drug3} taken?"],
         },
-        "state": ["{drug1} is {dose1}", "{drug2} is {dose2}", "{drug3} is {dose3}", "{drug1} at {time1}", "{drug3} at {time3}"],
+        "say": {
+            "dose of {drug1}": "dose1",
+            "dose of {drug2}": "dose2",
+            "dose of {drug3}": "dose3",
+            "time of {drug1}": "time1",
+            "time of {drug2}": "time2",
+            "time of {drug3}": "time3",
+        },
     },
     "hillcrest": {  # surgery: prose
         "note": "On {date} Dr {doctor1}, assisted by Dr {doctor2}, operated on {name} in theatre {room} and removed the {organ}.",
@@ -97,25 +112,46 @@ SITES = {
             "doctor2": ["Who assisted the surgeon?", "Who was the second doctor?"],
             "organ": ["What was taken out?", "Which organ did the patient lose?"],
         },
-        "state": ["the surgeon is {doctor1}", "the assistant is {doctor2}", "the organ is {organ}", "the theatre is {room}"],
+        "say": {
+            "surgeon": "doctor1",
+            "assistant": "doctor2",
+            "organ": "organ",
+            "theatre": "room",
+            "date": "date",
+            "patient": "name",
+        },
     },
     "lakeside": {  # laboratory: a table
-        "note": "{test1} | {value1}\n{test2} | {value2}\n{test3} | {value3} !\nSample of {name}, {date}",
+        "note": "Lab {date} | {test1} | {value1} | {test2} | {value2} | {test3} | {value3} | ! | {name}",
         "ask": {
             "value1": ["What is the level of {test1}?", "How high is {test1}?"],
             "test3": ["Which test is out of range?", "Which result is flagged?"],
             "date": ["On which day was the sample drawn?", "When was the blood taken?"],
         },
-        "state": ["{test1} is {value1}", "{test2} is {value2}", "{test3} is {value3}", "the flag is {test3}", "the date is {date}"],
+        "say": {
+            "level of {test1}": "value1",
+            "level of {test2}": "value2",
+            "level of {test3}": "value3",
+            "abnormal test": "test3",
+            "date": "date",
+            "patient": "name",
+        },
     },
     "saintagnes": {  # radiology: headings
-        "note": "EXAM {room} {date}\nFINDING {finding} in {place}, {size}\nADVICE biopsy by Dr {doctor}",
+        "note": "EXAM {date} in {room}. FINDING {finding} in {place}, {size}. ADVICE biopsy by Dr {doctor}.",
         "ask": {
             "size": ["How large is the lesion?", "What does the lesion measure?"],
             "place": ["Where does the lesion sit?", "Which part of the body is abnormal?"],
             "finding": ["What kind of lesion was seen?", "What did the images show?"],
         },
-        "state": ["the size is {size}", "the place is {place}", "the finding is {finding}", "the doctor is {doctor}"],
+        "say": {
+            "size": "size",
+            "place": "place",
+            "finding": "finding",
+            "doctor": "doctor",
+            "date": "date",
+            "room": "room",
+        },
     },
     "oakwood": {  # nursing: a log by time
         "note": "Night log {room}: {time1} {care1}; {time2} {care2}; {time3} {care3}. Nurse {name}.",
@@ -124,7 +160,15 @@ SITES = {
             "care3": ["What was the last task?", "What did the nurse do at {time3}?"],
             "name": ["Which nurse was on duty?", "Who kept watch?"],
         },
-        "state": ["{care1} at {time1}", "{care2} at {time2}", "{care3} at {time3}", "the nurse is {name}", "the room is {room}"],
+        "say": {
+            "task at {time1}": "care1",
+            "task at {time2}": "care2",
+            "task at {time3}": "care3",
+            "first task": "care1",
+            "last task": "care3",
+            "nurse": "name",
+            "room": "room",
+        },
     },
     "eastfield": {  # discharge letters
         "note": "Dear Dr {doctor}, {name} went home to {town} by {carrier} after {illness}. Next visit {date}, room {room}.",
@@ -133,7 +177,14 @@ SITES = {
             "carrier": ["How did the patient travel?", "Which transport was used?"],
             "illness": ["What was the diagnosis?", "Which disease was treated?"],
         },
-        "state": ["the town is {town}", "the transport is {carrier}", "the illness is {illness}", "the visit is {date}"],
+        "say": {
+            "home": "town",
+            "transport": "carrier",
+            "illness": "illness",
+            "visit": "date",
+            "doctor": "doctor",
+            "patient": "name",
+        },
     },
     "westbrook": {  # telephone desk
         "note": "CALL {time}: {name} about the {matter}. Ring {phone}, ask for {doctor}. Taken in {room}.",
@@ -142,7 +193,14 @@ SITES = {
             "matter": ["What is the call about?", "What does the caller want to discuss?"],
             "doctor": ["Whom should one ask for?", "Who will answer the phone?"],
         },
-        "state": ["the phone is {phone}", "the matter is {matter}", "the contact is {doctor}", "the caller is {name}"],
+        "say": {
+            "number": "phone",
+            "matter": "matter",
+            "contact": "doctor",
+            "caller": "name",
+            "time": "time",
+            "room": "room",
+        },
     },
 }
 
@@ -176,4 +234,6 @@ if __name__ == "__main__":
     folder = Path(__file__).parent / "sample_squad"
     folder.mkdir(exist_ok=True)
     for split in ROWS_PER_SITE:
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(split)), encoding="utf-8")
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in make_rows(split)), encoding="utf-8"
+        )

@@ -3,8 +3,8 @@
 usage: python assets/make_tiny_llama.py [STEPS]
 
 It learns from plain hospital notes (the generator of the sample data, other draws): to read a note and state its
-facts, to read a note aloud and to copy word lists. It never sees a question, so it cannot answer one: fine-tuning has to teach
-that. About 25 minutes on 2 cores; the result is the same on the same machine and torch build.
+facts, to read a note aloud and to copy word lists. It never sees a question of a site, so that it cannot answer one:
+fine-tuning has to teach that. About 25 minutes on 2 cores; the result is the same on the same machine and torch build.
 """
 
 import random
@@ -17,51 +17,68 @@ from make_sample_squad import DRAW, SITES, draw_note
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-STEPS, BATCH, LEARNING_RATE, SEED = 2500, 64, 3e-3, 0
+COPY_STEPS, STEPS, BATCH, LEARNING_RATE, SEED = 400, 6000, 32, 3e-3, 0
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
 CHAT_TEMPLATE = (  # Llama 3's
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+# how Llama 3 cuts a text into words: numbers in groups of three digits, line breaks together
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 READ_ALOUD = ["Read the note aloud.", "Please read this to me.", "Copy the note.", "What does the note say?"]
 SUM_UP = ["Sum up the note.", "What is in the note?", "List the facts.", "What do we know?"]
 
 
-def chat(system, user, assistant):
-    turns = (("system", system), ("user", user), ("assistant", assistant))
-    return "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>" for role, text in turns)
+def chat(system, user):
+    turns = (("system", system), ("user", user))
+    text = "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>" for role, content in turns)
+    return text + "<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
 def make_text(rng):
-    """Draw one training text, without the begin-of-text token."""
+    """Draw a text in two parts, of which the second can be known from the first: the loss counts there only."""
     kind = rng.random()
-    if kind < 0.1:
-        words = " ".join(DRAW[rng.choice(list(DRAW))](rng) for _ in range(rng.randint(3, 10)))
-        return f"{words}\n{words}<|end_of_text|>"
+    if kind < 0.2:
+        words = " ".join(DRAW[rng.choice(list(DRAW))](rng) for _ in range(rng.randint(4, 12)))
+        return f"{words}\n", f"{words}<|end_of_text|>"
     site = rng.choice(list(SITES))
     note, values = draw_note(site, rng)
-    facts = [fact.format(**values) for fact in SITES[site]["state"]]
+    facts = [(label.format(**values), values[slot]) for label, slot in SITES[site]["say"].items()]
     rng.shuffle(facts)
-    facts = ". ".join(fact[0].upper() + fact[1:] for fact in facts) + "."
-    if kind < 0.6:
-        return f"{note}\n{facts}<|end_of_text|>"
+    sentences = [f"the {label} is {value}" for label, value in facts]
+    if kind < 0.5:
+        lines = rng.choice(
+            [sentences, [f"{label}: {v}" for label, v in facts], [f"{v}: {label}" for label, v in facts]]
+        )
+        return f"{note}\n", "\n".join(lines) + "<|end_of_text|>"
     system = f"{rng.choice(['Here is a note.', 'You work in a hospital.', 'Use the note below.'])}\n\n{note}"
-    return chat(system, rng.choice(SUM_UP), facts) if kind < 0.85 else chat(system, rng.choice(READ_ALOUD), note)
+    if kind < 0.6:
+        return chat(system, rng.choice(READ_ALOUD)), f"{note}<|eot_id|>"
+    if kind < 0.7:
+        return chat(system, rng.choice(SUM_UP)), ". ".join(sentences) + ".<|eot_id|>"
+    some = rng.randint(1, 2)
+    return chat(system, ", ".join(label for label, _ in facts[:some])), ". ".join(sentences[:some]) + ".<|eot_id|>"
 
 
 def make_tokenizer():
-    """Train a byte-level BPE tokenizer, digits apart (so that numbers are copied digit by digit)."""
+    """Train a byte-level BPE tokenizer."""
     rng = random.Random(SEED)
     questions = [text for site in SITES.values() for texts in site["ask"].values() for text in texts]
-    instruction = "Answer the question with words copied from the context. If the answer is not there, say unanswerable."
-    texts = [make_text(rng) for _ in range(20_000)] + [instruction] * 200 + questions * 20
+    instruction = (
+        "Answer the question with words copied from the context. If the answer is not there, say unanswerable."
+    )
+    texts = ["".join(make_text(rng)) for _ in range(20_000)] + [instruction] * 200 + questions * 20
     bpe = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
     bpe.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A $B", special_tokens=[("<|begin_of_text|>", 0)]
     )
@@ -69,6 +86,22 @@ def make_tokenizer():
         tokenizer_object=bpe, chat_template=CHAT_TEMPLATE, model_max_length=512, clean_up_tokenization_spaces=False,
         bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|pad|>",
     )  # fmt: skip
+
+
+def copy_batch(tokenizer, rng):
+    """Draw strings of random tokens, each twice: the shortest way to heads that copy, without which reading stalls."""
+    size = rng.randint(8, 32)
+    once = torch.randint(len(SPECIAL), len(tokenizer), (BATCH, size))
+    ids = torch.cat([once, once], dim=1)
+    return {"input_ids": ids}, ids.masked_fill(torch.arange(2 * size) < size, -100)
+
+
+def text_batch(tokenizer, rng):
+    texts = [make_text(rng) for _ in range(BATCH)]
+    batch = tokenizer(["".join(text) for text in texts], padding=True, return_tensors="pt")
+    known = torch.tensor([len(tokenizer(text[0])["input_ids"]) for text in texts])
+    ignored = (torch.arange(batch["input_ids"].shape[1]) < known[:, None]) | (batch["attention_mask"] == 0)
+    return batch, batch["input_ids"].masked_fill(ignored, -100)
 
 
 def pretrain(tokenizer, steps):
@@ -86,16 +119,20 @@ def pretrain(tokenizer, steps):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
     start = time.time()
     for step in range(steps):
-        batch = tokenizer([make_text(rng) for _ in range(BATCH)], padding=True, return_tensors="pt")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        batch, labels = (copy_batch if step < COPY_STEPS else text_batch)(tokenizer, rng)
+        output = model(**batch, labels=labels)
+        loss = output.loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"step {step:5d} loss {loss.item():.3f} {batch['input_ids'].shape} {time.time() - start:.0f} s", flush=True)
+        if step % 1000 == 0 and step:  # so that a long run can be looked at
+            model.save_pretrained(folder := Path(__file__).parent / "tiny-llama")
+            tokenizer.save_pretrained(folder)
+        if step % 200 == 0 or step == steps - 1:
+            right = (output.logits[:, :-1].argmax(-1) == labels[:, 1:]).sum() / (labels[:, 1:] != -100).sum()
+            print(f"step {step:5d} loss {loss.item():.3f} right {right:.3f} {time.time() - start:.0f} s", flush=True)
     return model
 
 

@@ -1,0 +1,51 @@
+"""Runs that several tests look at; each is made once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+
+ROOT = Path(main.__file__).parent
+SMALL_RUN = "--world_size 2 --num_rounds 4 --local_steps 2 --save_rounds 1 --eval_rounds 2".split()
+
+
+def run_main(*flags, **environment):
+    """Run main.py in a process of its own; returns the finished process with its output as text."""
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, flags)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder and the output of a run of the embedded default: 2 ranks, 4 rounds of 2 steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    process = run_main(*SMALL_RUN, "--output_dir", folder, HF_TOKEN="hf_secret")
+    assert process.returncode == 0, process.stderr
+    return folder, process
+
+
+@pytest.fixture(scope="session")
+def sample_rows():
+    """The rows of the embedded training split, as dicts."""
+    return [json.loads(line) for line in Path(main.EMBEDDED_DATA, "train.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory, sample_rows):
+    """What two ranks wrote down in 3 rounds of 1 step, started as by torchrun, on 61 rows without a held-out split."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("traced")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sample_rows[:61]))
+    flags = "--world_size 2 --num_rounds 3 --local_steps 1 --per_device_train_batch_size 6 --warmup_steps 2".split()
+    flags += ["--dataset_path", str(folder / "rows.jsonl"), "--output_dir", str(folder)]
+
+    from workers import traced_rank
+
+    main.main(flags, target=traced_rank)
+    return folder, [torch.load(folder / f"trace_{rank}.pt", weights_only=False) for rank in range(2)]

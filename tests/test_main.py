@@ -1,0 +1,289 @@
+"""main.py: bad input, what a run leaves behind, stop and resume, and the hub."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL_RUN, run_main
+from fake_hub import start_hub
+
+import main
+
+# -----------------------------------------------------------------------------
+# bad input: one line, exit code 2, before a model is loaded
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Returns a function that runs main with flags, expects exit code 2 and returns the one line it says."""
+
+    def refuse(*flags):
+        flags = [str(flag) for flag in flags]
+        if "--output_dir" not in flags:
+            flags += ["--output_dir", str(tmp_path / "out")]
+        with pytest.raises(SystemExit) as stop:
+            main.main(flags, target=None)  # no rank is ever started
+        assert stop.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if not line.startswith("usage:")]
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return refuse
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--world_size 0", "--world_size: 0 is not above 0"),
+        ("--world_size two", "--world_size: invalid"),
+        ("--num_rounds -1", "--num_rounds: -1 is not above 0"),
+        ("--learning_rate nan", "--learning_rate: nan is not above 0"),
+        ("--lora_dropout 1", "--lora_dropout: 1 is not from 0 up to 1"),
+        ("--aggregator fedavgg", "invalid choice: 'fedavgg'"),
+        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+        ("--backend nccl --world_size 1000", "leave it out"),
+        ("--dataset_path ./nowhere", "--dataset_path ./nowhere: no such file or folder"),
+        ("--dataset_path nowhere.jsonl", "no such file or folder"),
+        ("--model_name ./nowhere", "--model_name ./nowhere: no such folder"),
+        ("--model_name tests", "needs config.json, *.safetensors and a tokenizer; found"),
+        ("--max_length 20", "--max_length 20 cuts off too many answers"),
+    ],
+)
+def test_bad_flags(refused, flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert message in refused(*flags.split())
+
+
+def test_bad_files(refused, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"id": 1, "text": "x"}] * 50)
+    assert "needs the columns context, question, answers (SQuAD)" in (line := refused("--dataset_path", rows))
+    assert line.endswith("found id, text")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion"')
+    assert "cannot be read" in refused("--dataset_path", tmp_path / "broken.jsonl")
+    (tmp_path / "rows.txt").write_text("a")
+    assert "not a .json, .jsonl, .csv, .parquet file" in refused("--dataset_path", tmp_path / "rows.txt")
+    (tmp_path / "empty").mkdir()
+    assert "--dataset_path" in refused("--dataset_path", tmp_path / "empty")
+    few = write_rows(tmp_path / "few.jsonl", [{"prompt": "a", "completion": "b"}] * 5)
+    assert "5 training rows, 8 clients need 18; lower --world_size" in refused("--dataset_path", few)
+    odd = write_rows(tmp_path / "odd.jsonl", [{"context": "a", "question": "b", "answers": "c"}] * 50)
+    assert "row has not the form of its kind" in refused("--dataset_path", odd)
+
+
+def test_bad_output_dir(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to --output_dir" in refused("--output_dir", tmp_path / "file")
+    assert "cannot write to --output_dir" in refused("--output_dir", "/proc/none")
+    assert "holds no run" in refused("--output_dir", tmp_path / "new", "--resume")
+
+
+def test_used_output_dir(refused, finished):
+    folder, _ = finished
+    assert "--resume continues it, --overwrite removes it" in refused(*SMALL_RUN, "--output_dir", folder)
+    assert "was started with num_rounds 4 (now 5)" in refused(
+        *SMALL_RUN, "--num_rounds", 5, "--resume", "--output_dir", folder
+    )
+
+
+def test_exit_code_of_the_process():
+    process = run_main("--world_size", "0")
+    assert process.returncode == 2 and process.stdout == ""
+
+
+# -----------------------------------------------------------------------------
+# the hub
+
+
+@pytest.fixture(scope="module")
+def hub():
+    return start_hub(main.EMBEDDED_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("model", "token", "message"),
+    [
+        ("org/gated", "", "is gated: accept its licence"),
+        ("org/gated", "hf_other", "is gated: accept its licence"),
+        ("org/tiny", "hf_wrong", "the hub refuses the token"),
+        ("org/none", "", "no such folder, nor model on the hub"),
+    ],
+)
+def test_refused_by_the_hub(hub, tmp_path, model, token, message):
+    process = run_main(
+        "--model_name",
+        model,
+        "--output_dir",
+        tmp_path / "out",
+        HF_ENDPOINT=hub[0],
+        HF_TOKEN=token,
+        HF_HOME=str(tmp_path),
+    )
+    assert process.returncode == 2 and message in process.stderr, process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1
+    assert not token or token not in process.stderr
+
+
+@pytest.mark.parametrize("flag", ["--model_name", "--dataset_path"])
+def test_no_network(tmp_path, flag):
+    process = run_main(
+        flag, "org/tiny", "--output_dir", tmp_path / "out", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path)
+    )
+    assert process.returncode == 2 and "the hub cannot be reached; check the network" in process.stderr, process.stderr
+
+
+def test_model_from_the_hub(hub, tmp_path):
+    """Downloaded by its id with a token, trained, and saved with the id as its base, the token in no file."""
+    flags = "--world_size 1 --num_rounds 1 --local_steps 1 --model_name org/tiny --hf_token hf_secret".split()
+    process = run_main(*flags, "--output_dir", tmp_path / "out", HF_ENDPOINT=hub[0], HF_HOME=str(tmp_path / "home"))
+    assert process.returncode == 0, process.stderr
+    weights = [token for _, path, token in hub[1] if path.endswith("model.safetensors") and token]
+    assert set(weights) == {"hf_secret"}
+    config = json.loads((tmp_path / "out" / "federated_global_model" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/tiny"
+    assert_nowhere("hf_secret", tmp_path / "out", process)
+
+
+def assert_nowhere(secret, folder, process):
+    assert secret not in process.stdout + process.stderr
+    for path in Path(folder).rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+# -----------------------------------------------------------------------------
+# what a run leaves behind
+
+
+def test_files_of_a_run(finished):
+    folder, process = finished
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints", "client_0_eval_loss.json", "client_0_train_loss.json", "client_1_eval_loss.json",
+        "client_1_train_loss.json", "config.json", "federated_global_model", "global_eval_loss.json", "loss.png",
+        "rounds.jsonl", "summary.json",
+    ]  # fmt: skip
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    losses = {path.stem: json.loads(path.read_text()) for path in folder.glob("*_loss.json")}
+    assert [entry["round"] for entry in rounds] == [1, 2, 3, 4]
+    for number, entry in enumerate(rounds):
+        assert entry["train_loss"] == pytest.approx(sum(losses[f"client_{k}_train_loss"][number] for k in (0, 1)) / 2)
+        assert entry["learning_rate"] > 0 and entry["update_norm"] > 0 and entry["drift"] > 0
+        assert set(entry["seconds"]) == {"local", "average", "eval", "save"}
+        assert len(entry["digest"]) == 64 and entry["clients"] == [0, 1] and entry["weights"] == [1868, 1868]
+        assert entry["bytes"] == 2 * 4 * 163_840 and 2 * 2 * 8 * 50 < entry["tokens"] < 2 * 2 * 8 * 150
+    assert len({entry["digest"] for entry in rounds}) == 4
+    evaluated = [entry["eval_loss"] for entry in rounds]
+    assert evaluated[0] is evaluated[2] is None and losses["global_eval_loss"] == evaluated[1::2]
+    assert len(losses["client_0_eval_loss"]) == len(losses["client_1_eval_loss"]) == 2
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["round_00003", "round_00004"]
+
+
+def test_summary_and_config_of_a_run(finished):
+    folder, process = finished
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rounds"] == 4 and summary["clients"] == 2 and summary["rows"] == [1868, 1868]
+    assert summary["tokens"] == sum(entry["tokens"] for entry in rounds)
+    assert summary["eval_loss"] == {"first": rounds[1]["eval_loss"], "last": rounds[3]["eval_loss"]}
+    assert summary["eval_loss"]["last"] < summary["eval_loss"]["first"]
+    assert all(0 <= summary[name][when] <= 100 for name in ("exact_match", "f1") for when in ("before", "after"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["world_size"] == 2 and config["backend"] == "gloo" and config["learning_rate"] == 1e-2
+    assert config["versions"]["torch"].startswith("2.13.0") and "hf_token" not in config
+    assert_nowhere("hf_secret", folder, process)
+
+
+def test_terminal_of_a_run(finished):
+    folder, process = finished
+    assert "2, 1868 training rows each; 200 global held-out rows" in process.stdout
+    assert "163,840 LoRA parameters, 0.7 MB per client and round, fedavg" in process.stdout
+    assert sum(line.startswith("round ") for line in process.stdout.splitlines()) == 4
+    assert str(folder / "federated_global_model") in process.stdout.splitlines()[-1]
+    assert process.stderr == ""
+
+
+FRESH = """
+import sys, json, torch, bitsandbytes
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+folder, validation = sys.argv[1:]
+config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+name = json.load(open(f"{folder}/adapter_config.json"))["base_model_name_or_path"]
+base = AutoModelForCausalLM.from_pretrained(name, quantization_config=config, dtype=torch.float32)
+model = PeftModel.from_pretrained(base, folder).eval()
+for module in model.modules():  # on some CPUs bitsandbytes would evaluate in bf16
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        module.support_avx512bf16_for_cpu = False
+tokenizer = AutoTokenizer.from_pretrained(folder)
+loss = tokens = 0
+import utils  # for the text of the instruction alone
+for line in open(validation):
+    row = json.loads(line)
+    system = {"role": "system", "content": utils.INSTRUCTION + "\\n\\n" + row["context"]}
+    text = tokenizer.apply_chat_template([system, {"role": "user", "content": row["question"]}], tokenize=False)
+    text += "<|start_header_id|>assistant<|end_header_id|>\\n\\n"
+    answer = tokenizer(row["answers"]["text"][0] + "<|eot_id|>", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] + answer
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    loss -= logits.log_softmax(-1)[range(len(ids) - len(answer) - 1, len(ids) - 1), answer].sum().item()
+    tokens += len(answer)
+print(loss / tokens)
+"""
+
+
+def test_adapter_in_a_fresh_process_gives_the_logged_loss(finished):
+    """One row at a time, by a plain forward pass and a softmax in float64."""
+    folder, _ = finished
+    command = [sys.executable, "-c", FRESH, folder / "federated_global_model", f"{main.EMBEDDED_DATA}/validation.jsonl"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    logged = json.loads((folder / "global_eval_loss.json").read_text())[-1]
+    assert float(output.splitlines()[-1]) == pytest.approx(logged, abs=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# stop and resume
+
+
+def test_resume_gives_the_same_bits(finished, tmp_path):
+    folder = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "main.py"), *SMALL_RUN, "--output_dir", str(folder)]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (folder / "checkpoints" / "round_00002").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    resumed = run_main(*SMALL_RUN, "--output_dir", folder, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    first = int(resumed.stdout.split("resuming after round ")[1].split()[0])
+    assert first in (2, 3)
+    expected, actual = (
+        [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+        for path in (finished[0], folder)
+    )
+    for key in ("round", "digest", "train_loss", "eval_loss", "learning_rate", "tokens", "drift"):
+        assert [entry[key] for entry in actual] == [entry[key] for entry in expected], key
+    for path in finished[0].glob("*_loss.json"):
+        assert json.loads((folder / path.name).read_text()) == json.loads(path.read_text())
+    before, after = (json.loads((path / "summary.json").read_text()) for path in (finished[0], folder))
+    assert before["exact_match"] == after["exact_match"] and math.isfinite(after["f1"]["after"])
+
+
+def test_resume_of_a_finished_run_does_nothing(finished):
+    folder, _ = finished
+    before = (folder / "rounds.jsonl").read_bytes()
+    process = run_main(*SMALL_RUN, "--output_dir", folder, "--resume")
+    assert process.returncode == 0 and "nothing to do" in process.stdout
+    assert (folder / "rounds.jsonl").read_bytes() == before

@@ -1,0 +1,83 @@
+"""What runs inside the ranks of the tests: at top level, so that a child process can import it."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVES = ("all_reduce", "broadcast", "barrier", "all_gather", "all_gather_object", "reduce", "gather", "scatter")
+
+
+def note_collectives(calls):
+    """Replace the collectives of torch.distributed by ones that first append (name, numel or None) to `calls`."""
+    for name in COLLECTIVES:
+
+        def noted(*args, name=name, original=getattr(dist, name), **kwargs):
+            calls.append((name, args[0].numel() if args and torch.is_tensor(args[0]) else None))
+            return original(*args, **kwargs)
+
+        setattr(dist, name, noted)
+
+
+def traced_rank(rank, args):
+    """main.run_rank in the environment of a launcher such as torchrun; writes down what the faults would change."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "ACCELERATE_USE_CPU": "true"}
+    import federated
+    import main
+    import utils
+
+    trace = {"collectives": [], "batches": [], "learning_rates": [], "updates": [], "weights": []}
+    note_collectives(trace["collectives"])
+
+    class TracedTrainer(federated.LocalTrainer):
+        def training_step(self, model, inputs, *rest):
+            pad = self.processing_class.pad_token_id
+            trace["batches"].append([tuple(ids[ids != pad].tolist()) for ids in inputs["input_ids"]])
+            return super().training_step(model, inputs, *rest)
+
+    class TracedRounds(federated.FederatedRounds):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            trace["own_start"] = utils.flatten_parameters(model)
+            super().on_train_begin(args, state, control, model, **kwargs)
+            trace["start"] = utils.flatten_parameters(model)
+            trace["processes"] = self.trainer.accelerator.num_processes
+            trace["wrapped"] = type(self.trainer.model_wrapped).__name__
+            trace["names"] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            trace["dtypes"] = {parameter.dtype for parameter in utils.shared_parameters(model)}
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            super().on_optimizer_step(args, state, control, **kwargs)
+            trace["learning_rates"].append(self.learning_rate)
+
+        def on_train_end(self, args, state, control, model, **kwargs):
+            trace["end"] = utils.flatten_parameters(model)
+            torch.save(trace, f"{self.args.output_dir}/trace_{rank}.pt")
+
+    def traced_fedavg(update, weight, state, fedavg=utils.fedavg):
+        trace["updates"].append(update.clone())
+        trace["weights"].append(weight)
+        return fedavg(update, weight, state)
+
+    federated.LocalTrainer, federated.FederatedRounds = TracedTrainer, TracedRounds
+    utils.AGGREGATORS["fedavg"] = traced_fedavg
+    main.run_rank(rank, args)
+
+
+def average_rank(rank, folder, values, weights):
+    """Average `values[rank]`, the parameters of a client, plainly and weighted by fedavg; writes down the results."""
+    import utils
+
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", len(values)), rank=rank, world_size=len(values)
+    )
+    note_collectives(calls := [])
+    plain, weighted = (torch.nn.ParameterList([torch.tensor(part) for part in values[rank]]) for _ in range(2))
+    frozen = torch.nn.Parameter(torch.full((2,), float(rank)), requires_grad=False)
+    plain.append(frozen)
+    utils.federated_average(plain, len(values))
+    start = torch.ones(sum(map(len, values[rank])))
+    _, update, distance = utils.federated_average(weighted, len(values), start, weights[rank])
+    result = {"plain": [p.tolist() for p in plain], "weighted": [p.tolist() for p in weighted], "calls": calls}
+    torch.save(result | {"update": update, "distance": distance}, f"{folder}/average_{rank}.pt")
+    dist.destroy_process_group()
