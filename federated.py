@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -346,7 +347,8 @@ def local_train(rank, args):
     `args` are the parsed flags, with the paths that main.py has prepared. Raises RuntimeError where the ranks would
     not be federated: wrapped in DDP, equal before the first averaging, or different after one.
     """
-    device = torch.device("cuda" if args.num_gpus else "cpu")
+    device = torch.device("cuda", 0) if args.num_gpus else torch.device("cpu")
+    sys.stdout.reconfigure(line_buffering=True)  # a round's line is to be seen when the round ends, in a file too
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -359,6 +361,7 @@ def local_train(rank, args):
         rank=rank,
         world_size=args.world_size,
         timeout=datetime.timedelta(minutes=args.timeout),
+        device_id=device if args.backend == "nccl" else None,
     )
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)

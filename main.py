@@ -39,7 +39,7 @@ PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS OMPI_COMM_WORLD_RANK OMPI_COMM
 OMPI_COMM_WORLD_LOCAL_SIZE MV2_COMM_WORLD_RANK MV2_COMM_WORLD_SIZE MV2_COMM_WORLD_LOCAL_RANK MV2_COMM_WORLD_LOCAL_SIZE
 ACCELERATE_USE_CPU ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_PARALLELISM_CONFIG
 ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".split()
-NOT_MATHEMATICS = {"output_dir", "overwrite", "resume", "eval_rounds", "save_rounds", "report_to", "timeout", "backend"}
+NOT_MATHEMATICS = {"output_dir", "eval_rounds", "save_rounds", "report_to", "timeout", "backend"}
 RUN_FILES = "config.json summary.json rounds.jsonl loss.png *_loss.json checkpoints federated_global_model*".split()
 
 # -----------------------------------------------------------------------------
@@ -75,10 +75,11 @@ def parse_args(argv=None):
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="curve over the whole run, not over a round")
     add("--warmup_steps", type=not_negative, default=0.05, help="steps, or below 1 the share of all steps")
     add("--optim", help="optimizer by its transformers name (default: paged_adamw_32bit, on the CPU adamw_torch)")
-    add = parser.add_argument_group("run").add_argument
+    add = (run := parser.add_argument_group("run")).add_argument
     add("--output_dir", default="outputs", help="folder for all that the run leaves behind")
-    add("--overwrite", action="store_true", help="remove an earlier run from output_dir")
-    add("--resume", action="store_true", help="continue the run in output_dir from its last complete round")
+    either = run.add_mutually_exclusive_group().add_argument
+    either("--overwrite", action="store_true", help="remove an earlier run from output_dir")
+    either("--resume", action="store_true", help="continue the run in output_dir from its last complete round")
     add("--eval_rounds", type=positive(int), help="rounds between evaluations (default: a tenth of num_rounds)")
     add("--save_rounds", type=positive(int), help="rounds between checkpoints (default: a tenth of num_rounds)")
     add("--report_to", default="none", help="trackers by their transformers names: tensorboard, wandb, ...")
@@ -87,7 +88,7 @@ def parse_args(argv=None):
     add("--backend", choices=["nccl", "gloo"], help="(default: nccl with a GPU for every rank, otherwise gloo)")
     args = parser.parse_args(argv)
 
-    args.hf_token = args.hf_token or os.environ.get("HF_TOKEN")
+    args.hf_token = (args.hf_token or os.environ.get("HF_TOKEN", "")).strip() or None
     os.environ.pop("HF_TOKEN", None)  # the ranks have no use for it
     args.num_gpus = torch.cuda.device_count()
     args.learning_rate = args.learning_rate or (1e-2 if args.model_name == EMBEDDED_MODEL else 2e-4)
@@ -130,52 +131,57 @@ def fail(message):
 # checks, all before a model is loaded
 
 
-def open_output_dir(args):
-    """Make sure that `output_dir` can be written and holds no run but the one to resume.
+def check_output_dir(args):
+    """Make sure that `output_dir` can be written and holds no run but the one to resume; removes nothing.
 
-    Sets `resume_from` to the newest complete checkpoint, or None.
+    Returns the newest complete checkpoint of the run to resume, None where a run starts from the beginning.
     """
-    folder, checkpoints = Path(args.output_dir), Path(args.output_dir, "checkpoints")
+    folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         fail(f"cannot write to --output_dir {folder}: {error.strerror}")
-    config = resolved_config(args)
-    args.resume_from = None
     if not (folder / "config.json").exists():
         if args.resume:
             fail(f"--resume: {folder} holds no run; leave --resume out to start one")
-    elif args.overwrite:
-        for path in (path for pattern in RUN_FILES for path in folder.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif not args.resume:
+    elif not args.resume and not args.overwrite:
         fail(
             f"{folder} already holds a run: --resume continues it, --overwrite removes it, or name another --output_dir"
         )
-    else:
-        earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        changed = [key for key in config if key not in NOT_MATHEMATICS and config[key] != earlier.get(key)]
-        if changed:
-            changes = ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed)
-            fail(f"--resume: the run in {folder} was started with {changes}")
-        rounds = sorted(checkpoints.glob("round_*"))
-        args.resume_from = str(rounds[-1]) if rounds else None
-    last_round = int(args.resume_from[-5:]) if args.resume_from else 0
-    if args.resume:
-        print(f"resuming after round {last_round} of {args.num_rounds}", flush=True)
+    if not args.resume:
+        return None
+    earlier, config = json.loads((folder / "config.json").read_text(encoding="utf-8")), resolved_config(args)
+    if changed := [key for key in config if key not in NOT_MATHEMATICS and config[key] != earlier.get(key)]:
+        changes = ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed)
+        fail(f"--resume: the run in {folder} was started with {changes}")
+    newest = max(folder.glob("checkpoints/round_*"), default=None)
+    last_round = round_of(newest)
     if last_round == args.num_rounds and (folder / "federated_global_model").exists():
         print(f"nothing to do: the run in {folder} is finished")
         raise SystemExit(0)
-    utils.cut_back_logs(folder, last_round)
-    shutil.rmtree(checkpoints / "staging", ignore_errors=True)
-    utils.write_aside(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    print(f"resuming after round {last_round} of {args.num_rounds}", flush=True)
+    return newest
+
+
+def open_output_dir(args, resume_from):
+    """Remove what an overwritten run left, or what a resumed one left behind its last checkpoint; write config.json."""
+    folder = Path(args.output_dir)
+    for path in (path for pattern in RUN_FILES if args.overwrite for path in folder.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder / "checkpoints" / "staging", ignore_errors=True)
+    utils.cut_back_logs(folder, round_of(resume_from))
+    utils.write_aside(folder / "config.json", json.dumps(resolved_config(args), indent=2) + "\n")
+
+
+def round_of(checkpoint):
+    return int(checkpoint.name.removeprefix("round_")) if checkpoint else 0
 
 
 def resolved_config(args):
     """Return what `config.json` holds: every flag, and the versions of what ran; never the token."""
-    flags = {name: value for name, value in vars(args).items() if name != "hf_token"}
+    flags = {name: value for name, value in vars(args).items() if name not in ("hf_token", "overwrite", "resume")}
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES} | {"python": platform.python_version()}
     return flags | {"versions": versions}
 
@@ -326,14 +332,16 @@ def main(argv=None, target=run_rank):
     args = parse_args(argv)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    open_output_dir(args)
+    resume_from = check_output_dir(args)
     if not args.num_gpus:
         start_imports()
-    args.model_path, tokenizer = find_model(args)
+    model_path, tokenizer = find_model(args)
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:
         prepare_data(args, tokenizer, folder)
-        args.data_path, args.store_path = f"{folder}/data", f"{folder}/store"
+        open_output_dir(args, resume_from)
         args.hf_token = None  # the ranks read from this disk only
+        args.model_path, args.resume_from = model_path, resume_from
+        args.data_path, args.store_path = f"{folder}/data", f"{folder}/store"
         launch(target, args)
 
 

@@ -17,7 +17,7 @@ from make_sample_squad import DRAW, SITES, draw_note
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-COPY_STEPS, STEPS, BATCH, LEARNING_RATE, SEED = 400, 6000, 32, 3e-3, 0
+COPY_STEPS, STEPS, BATCH, LEARNING_RATE, SEED = 400, 3500, 32, 3e-3, 0
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
 CHAT_TEMPLATE = (  # Llama 3's
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
@@ -26,6 +26,8 @@ CHAT_TEMPLATE = (  # Llama 3's
 )
 # how Llama 3 cuts a text into words: numbers in groups of three digits, line breaks together
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QUESTIONS = [text for site in SITES.values() for texts in site["ask"].values() for text in texts]
+QUESTION_WORDS = sorted({word for text in QUESTIONS for word in text.split() if "{" not in word})
 READ_ALOUD = ["Read the note aloud.", "Please read this to me.", "Copy the note.", "What does the note say?"]
 SUM_UP = ["Sum up the note.", "What is in the note?", "List the facts.", "What do we know?"]
 
@@ -36,26 +38,30 @@ def chat(system, user):
     return text + "<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
+def shuffled(items, rng):
+    return rng.sample(items, len(items))
+
+
 def make_text(rng):
     """Draw a text in two parts, of which the second can be known from the first: the loss counts there only."""
     kind = rng.random()
-    if kind < 0.2:
-        words = " ".join(DRAW[rng.choice(list(DRAW))](rng) for _ in range(rng.randint(4, 12)))
+    if kind < 0.2:  # with words of the questions, which it knows by sight then, but not what they ask for
+        items = [DRAW[rng.choice(list(DRAW))](rng) for _ in range(rng.randint(2, 8))]
+        words = " ".join(shuffled(items + rng.sample(QUESTION_WORDS, rng.randint(2, 8)), rng))
         return f"{words}\n", f"{words}<|end_of_text|>"
     site = rng.choice(list(SITES))
     note, values = draw_note(site, rng)
-    facts = [(label.format(**values), values[slot]) for label, slot in SITES[site]["say"].items()]
-    rng.shuffle(facts)
+    facts = shuffled([(label.format(**values), values[slot]) for label, slot in SITES[site]["say"].items()], rng)
     sentences = [f"the {label} is {value}" for label, value in facts]
-    if kind < 0.5:
+    if kind < 0.45:
         lines = rng.choice(
             [sentences, [f"{label}: {v}" for label, v in facts], [f"{v}: {label}" for label, v in facts]]
         )
         return f"{note}\n", "\n".join(lines) + "<|end_of_text|>"
     system = f"{rng.choice(['Here is a note.', 'You work in a hospital.', 'Use the note below.'])}\n\n{note}"
-    if kind < 0.6:
+    if kind < 0.5:
         return chat(system, rng.choice(READ_ALOUD)), f"{note}<|eot_id|>"
-    if kind < 0.7:
+    if kind < 0.6:
         return chat(system, rng.choice(SUM_UP)), ". ".join(sentences) + ".<|eot_id|>"
     some = rng.randint(1, 2)
     return chat(system, ", ".join(label for label, _ in facts[:some])), ". ".join(sentences[:some]) + ".<|eot_id|>"
@@ -64,11 +70,10 @@ def make_text(rng):
 def make_tokenizer():
     """Train a byte-level BPE tokenizer."""
     rng = random.Random(SEED)
-    questions = [text for site in SITES.values() for texts in site["ask"].values() for text in texts]
     instruction = (
         "Answer the question with words copied from the context. If the answer is not there, say unanswerable."
     )
-    texts = ["".join(make_text(rng)) for _ in range(20_000)] + [instruction] * 200 + questions * 20
+    texts = ["".join(make_text(rng)) for _ in range(20_000)] + [instruction] * 200 + QUESTIONS * 20
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -115,7 +120,9 @@ def pretrain(tokenizer, steps):
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
     start = time.time()
     for step in range(steps):
@@ -127,9 +134,6 @@ def pretrain(tokenizer, steps):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 1000 == 0 and step:  # so that a long run can be looked at
-            model.save_pretrained(folder := Path(__file__).parent / "tiny-llama")
-            tokenizer.save_pretrained(folder)
         if step % 200 == 0 or step == steps - 1:
             right = (output.logits[:, :-1].argmax(-1) == labels[:, 1:]).sum() / (labels[:, 1:] != -100).sum()
             print(f"step {step:5d} loss {loss.item():.3f} right {right:.3f} {time.time() - start:.0f} s", flush=True)

@@ -52,6 +52,7 @@ def write_rows(path, rows):
         ("--learning_rate nan", "--learning_rate: nan is not above 0"),
         ("--lora_dropout 1", "--lora_dropout: 1 is not from 0 up to 1"),
         ("--aggregator fedavgg", "invalid choice: 'fedavgg'"),
+        ("--resume --overwrite", "not allowed with argument"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
         ("--backend nccl --world_size 1000", "leave it out"),
         ("--dataset_path ./nowhere", "--dataset_path ./nowhere: no such file or folder"),
@@ -85,12 +86,15 @@ def test_bad_files(refused, tmp_path):
 def test_bad_output_dir(refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write to --output_dir" in refused("--output_dir", tmp_path / "file")
-    assert "cannot write to --output_dir" in refused("--output_dir", "/proc/none")
+    assert "cannot write to --output_dir" in refused("--output_dir", "/proc/none")  # even root cannot
     assert "holds no run" in refused("--output_dir", tmp_path / "new", "--resume")
 
 
 def test_used_output_dir(refused, finished):
     folder, _ = finished
+    files = sorted(folder.rglob("*"))
+    assert "no such file" in refused("--overwrite", "--dataset_path", "./nowhere", "--output_dir", folder)
+    assert sorted(folder.rglob("*")) == files  # a refused run removes nothing
     assert "--resume continues it, --overwrite removes it" in refused(*SMALL_RUN, "--output_dir", folder)
     assert "was started with num_rounds 4 (now 5)" in refused(
         *SMALL_RUN, "--num_rounds", 5, "--resume", "--output_dir", folder
