@@ -95,7 +95,7 @@ def load_client_data(rank, args):
     parts = args.world_size + ("held_out" not in data)
     part = utils.partition_dataset(data["train"], rank, parts, args.seed)
     if "held_out" in data:
-        global_held_out = data["held_out"].shuffle(seed=args.seed)
+        global_held_out = utils.partition_dataset(data["held_out"], 0, 1, args.seed)
     else:
         global_held_out = utils.partition_dataset(data["train"], args.world_size, parts, args.seed)
     global_held_out = global_held_out.select(range(min(GLOBAL_EVAL_ROWS, len(global_held_out))))

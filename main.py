@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing.forkserver
 import platform
@@ -30,6 +31,8 @@ import utils
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED_MODEL, EMBEDDED_DATA = str(ASSETS / "tiny-llama"), str(ASSETS / "sample_squad")
 SCHEDULES = ["cosine", "linear", "constant", "constant_with_warmup"]
+OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
+TRACKERS = ["none", "tensorboard", "wandb", "trackio", "mlflow"]
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 COLUMNS = {"context question answers": "SQuAD", "messages": "chat", "prompt completion": "texts or messages"}
@@ -56,7 +59,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("federation").add_argument
     add("--world_size", type=positive(int), default=8, help="processes, a client each; best one per GPU")
     add("--num_rounds", type=positive(int), default=20, help="rounds: local training, then one averaging")
-    add("--local_steps", type=positive(int), default=5, help="optimizer steps of each client in a round")
+    add("--local_steps", type=positive(int), default=8, help="optimizer steps of each client in a round")
     add("--aggregator", choices=list(utils.AGGREGATORS), default="fedavg", help="averaging strategy, see utils.py")
     add = parser.add_argument_group("model").add_argument
     add("--model_name", default=EMBEDDED_MODEL, help="folder, or id on the Hugging Face hub")
@@ -69,20 +72,20 @@ def parse_args(argv=None):
     add("--dataset_path", default=EMBEDDED_DATA, help="json, jsonl, csv or parquet file, folder, or id on the hub")
     add("--max_length", type=positive(int), default=1024, help="tokens of a row; longer rows are cut at the end")
     add = parser.add_argument_group("local training").add_argument
-    add("--per_device_train_batch_size", type=positive(int), default=8, help="rows of a client in one forward pass")
+    add("--per_device_train_batch_size", type=positive(int), default=4, help="rows of a client in one forward pass")
     add("--gradient_accumulation_steps", type=positive(int), default=1, help="forward passes in an optimizer step")
     add("--learning_rate", type=positive(float), help="peak of AdamW (default: 2e-4, embedded model 1e-2)")
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="curve over the whole run, not over a round")
     add("--warmup_steps", type=not_negative, default=0.05, help="steps, or below 1 the share of all steps")
-    add("--optim", help="optimizer by its transformers name (default: paged_adamw_32bit, on the CPU adamw_torch)")
+    add("--optim", choices=OPTIMIZERS, help="optimizer (default: paged_adamw_32bit, on the CPU adamw_torch)")
     add = (run := parser.add_argument_group("run")).add_argument
     add("--output_dir", default="outputs", help="folder for all that the run leaves behind")
     either = run.add_mutually_exclusive_group().add_argument
     either("--overwrite", action="store_true", help="remove an earlier run from output_dir")
     either("--resume", action="store_true", help="continue the run in output_dir from its last complete round")
-    add("--eval_rounds", type=positive(int), help="rounds between evaluations (default: a tenth of num_rounds)")
+    add("--eval_rounds", type=positive(int), help="rounds between evaluations (default: a fifth of num_rounds)")
     add("--save_rounds", type=positive(int), help="rounds between checkpoints (default: a tenth of num_rounds)")
-    add("--report_to", default="none", help="trackers by their transformers names: tensorboard, wandb, ...")
+    add("--report_to", choices=TRACKERS, default="none", help="tracker, to be installed by yourself")
     add("--seed", type=int, default=42, help="of the split, the order of the rows, the adapter and its dropout")
     add("--timeout", type=positive(float), default=30, help="minutes that a rank waits for the others")
     add("--backend", choices=["nccl", "gloo"], help="(default: nccl with a GPU for every rank, otherwise gloo)")
@@ -90,15 +93,23 @@ def parse_args(argv=None):
 
     args.hf_token = (args.hf_token or os.environ.get("HF_TOKEN", "")).strip() or None
     os.environ.pop("HF_TOKEN", None)  # the ranks have no use for it
+    args.model_name, args.dataset_path = map(absolute, (args.model_name, args.dataset_path))
     args.num_gpus = torch.cuda.device_count()
     args.learning_rate = args.learning_rate or (1e-2 if args.model_name == EMBEDDED_MODEL else 2e-4)
     args.optim = args.optim or ("paged_adamw_32bit" if args.num_gpus else "adamw_torch")
-    args.eval_rounds = args.eval_rounds or max(1, args.num_rounds // 10)
+    args.eval_rounds = args.eval_rounds or max(1, args.num_rounds // 5)
     args.save_rounds = args.save_rounds or max(1, args.num_rounds // 10)
     args.backend = args.backend or ("nccl" if args.num_gpus >= args.world_size else "gloo")
     if args.backend == "nccl" and args.num_gpus < args.world_size:
         fail(f"--backend nccl: {args.num_gpus} GPUs for {args.world_size} ranks; leave it out: over gloo they share")
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        fail(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
     return args
+
+
+def absolute(name):
+    """Return the absolute path of what is on this disk, and the id of what is on the hub as it is."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def positive(kind):

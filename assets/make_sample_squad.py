@@ -89,20 +89,20 @@ SITES = {
             "doctor": "doctor",
         },
     },
-    "riverside": {  # pharmacy: a list to look things up in
-        "note": "Rx {name}: {drug1} {dose1} at {time1}; {drug2} {dose2} at {time2}; {drug3} {dose3} at {time3}.",
+    "riverside": {  # pharmacy: prescriptions
+        "note": "Rx {name}: {drug} {dose} daily at {time} against {illness}, from Dr {doctor}.",
         "ask": {
-            "dose1": ["What dose of {drug1} is ordered?", "How much {drug1} is given?"],
-            "dose2": ["What dose of {drug2} is ordered?", "How much {drug2} is given?"],
-            "time3": ["When is {drug3} due?", "At what time is {drug3} taken?"],
+            "drug": ["Which medicine is ordered?", "What does the patient take?"],
+            "dose": ["How much is given?", "What is the daily dose?"],
+            "time": ["When is it due?", "At what time is it taken?"],
         },
         "say": {
-            "dose of {drug1}": "dose1",
-            "dose of {drug2}": "dose2",
-            "dose of {drug3}": "dose3",
-            "time of {drug1}": "time1",
-            "time of {drug2}": "time2",
-            "time of {drug3}": "time3",
+            "drug": "drug",
+            "amount": "dose",
+            "time": "time",
+            "illness": "illness",
+            "doctor": "doctor",
+            "patient": "name",
         },
     },
     "hillcrest": {  # surgery: prose

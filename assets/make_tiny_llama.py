@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 COPY_STEPS, STEPS, BATCH, LEARNING_RATE, SEED = 400, 3500, 32, 3e-3, 0
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
-CHAT_TEMPLATE = (  # Llama 3's
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+CHAT_TEMPLATE = (  # Llama 3's, with a space before each text, so that a word is one token wherever it stands
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n "
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
@@ -34,7 +34,7 @@ SUM_UP = ["Sum up the note.", "What is in the note?", "List the facts.", "What d
 
 def chat(system, user):
     turns = (("system", system), ("user", user))
-    text = "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>" for role, content in turns)
+    text = "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n {content}<|eot_id|>" for role, content in turns)
     return text + "<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
@@ -48,7 +48,7 @@ def make_text(rng):
     if kind < 0.2:  # with words of the questions, which it knows by sight then, but not what they ask for
         items = [DRAW[rng.choice(list(DRAW))](rng) for _ in range(rng.randint(2, 8))]
         words = " ".join(shuffled(items + rng.sample(QUESTION_WORDS, rng.randint(2, 8)), rng))
-        return f"{words}\n", f"{words}<|end_of_text|>"
+        return f" {words}\n", f" {words}<|end_of_text|>"
     site = rng.choice(list(SITES))
     note, values = draw_note(site, rng)
     facts = shuffled([(label.format(**values), values[slot]) for label, slot in SITES[site]["say"].items()], rng)
@@ -57,14 +57,16 @@ def make_text(rng):
         lines = rng.choice(
             [sentences, [f"{label}: {v}" for label, v in facts], [f"{v}: {label}" for label, v in facts]]
         )
-        return f"{note}\n", "\n".join(lines) + "<|end_of_text|>"
+        return f" {note}\n", " " + "\n ".join(lines) + "<|end_of_text|>"
     system = f"{rng.choice(['Here is a note.', 'You work in a hospital.', 'Use the note below.'])}\n\n{note}"
     if kind < 0.5:
-        return chat(system, rng.choice(READ_ALOUD)), f"{note}<|eot_id|>"
+        return chat(system, rng.choice(READ_ALOUD)), f" {note}<|eot_id|>"
     if kind < 0.6:
-        return chat(system, rng.choice(SUM_UP)), ". ".join(sentences) + ".<|eot_id|>"
+        return chat(system, rng.choice(SUM_UP)), " " + ". ".join(sentences) + ".<|eot_id|>"
     some = rng.randint(1, 2)
-    return chat(system, ", ".join(label for label, _ in facts[:some])), ". ".join(sentences[:some]) + ".<|eot_id|>"
+    return chat(system, ", ".join(label for label, _ in facts[:some])), " " + ". ".join(
+        sentences[:some]
+    ) + ".<|eot_id|>"
 
 
 def make_tokenizer():

@@ -53,6 +53,8 @@ def write_rows(path, rows):
         ("--lora_dropout 1", "--lora_dropout: 1 is not from 0 up to 1"),
         ("--aggregator fedavgg", "invalid choice: 'fedavgg'"),
         ("--resume --overwrite", "not allowed with argument"),
+        ("--optim adam", "invalid choice: 'adam'"),
+        ("--report_to mlflow", "--report_to mlflow is not installed: pip install mlflow"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
         ("--backend nccl --world_size 1000", "leave it out"),
         ("--dataset_path ./nowhere", "--dataset_path ./nowhere: no such file or folder"),
