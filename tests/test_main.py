@@ -186,7 +186,7 @@ def test_files_of_a_run(finished):
         assert entry["learning_rate"] > 0 and entry["update_norm"] > 0 and entry["drift"] > 0
         assert set(entry["seconds"]) == {"local", "average", "eval", "save"}
         assert len(entry["digest"]) == 64 and entry["clients"] == [0, 1] and entry["weights"] == [1868, 1868]
-        assert entry["bytes"] == 2 * 4 * 163_840 and 2 * 2 * 8 * 50 < entry["tokens"] < 2 * 2 * 8 * 150
+        assert entry["bytes"] == 2 * 4 * 163_840 and 2 * 2 * 4 * 50 < entry["tokens"] < 2 * 2 * 4 * 150
     assert len({entry["digest"] for entry in rounds}) == 4
     evaluated = [entry["eval_loss"] for entry in rounds]
     assert evaluated[0] is evaluated[2] is None and losses["global_eval_loss"] == evaluated[1::2]
@@ -239,7 +239,7 @@ for line in open(validation):
     system = {"role": "system", "content": utils.INSTRUCTION + "\\n\\n" + row["context"]}
     text = tokenizer.apply_chat_template([system, {"role": "user", "content": row["question"]}], tokenize=False)
     text += "<|start_header_id|>assistant<|end_header_id|>\\n\\n"
-    answer = tokenizer(row["answers"]["text"][0] + "<|eot_id|>", add_special_tokens=False)["input_ids"]
+    answer = tokenizer(" " + row["answers"]["text"][0] + "<|eot_id|>", add_special_tokens=False)["input_ids"]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + answer
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0].double()
