@@ -264,7 +264,7 @@ class FederatedRounds(TrainerCallback):
         if len({client["digest"] for client in clients}) > 1:
             raise RuntimeError(f"round {number}: the ranks hold different adapters after averaging")
         if number == 1 and len({client["local_digest"] for client in clients}) < args.world_size:
-            raise RuntimeError("round 1: clients are equal before averaging; something averages them in every step")
+            raise RuntimeError("round 1: clients are equal before averaging; they share gradients, or did not train")
         seconds["eval"] = self.lap()
 
         if saved:

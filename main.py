@@ -42,7 +42,7 @@ PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS OMPI_COMM_WORLD_RANK OMPI_COMM
 OMPI_COMM_WORLD_LOCAL_SIZE MV2_COMM_WORLD_RANK MV2_COMM_WORLD_SIZE MV2_COMM_WORLD_LOCAL_RANK MV2_COMM_WORLD_LOCAL_SIZE
 ACCELERATE_USE_CPU ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_PARALLELISM_CONFIG
 ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".split()
-NOT_MATHEMATICS = {"output_dir", "eval_rounds", "save_rounds", "report_to", "timeout", "backend"}
+NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to timeout backend num_gpus versions".split()
 RUN_FILES = "config.json summary.json rounds.jsonl loss.png *_loss.json checkpoints federated_global_model*".split()
 
 # -----------------------------------------------------------------------------

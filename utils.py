@@ -174,6 +174,7 @@ def plot_losses(output_dir):
         points = [(entry["round"], entry[name]) for entry in rounds if entry[name] is not None]
         axes.plot(*zip(*points), style, color=color, label=label)
     axes.set(xlabel="round", ylabel="loss (nats per answer token)", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     axes.figure.savefig(Path(output_dir, "loss.png"))
@@ -263,7 +264,7 @@ tags: [lora, federated-learning]
 
 # LoRA adapter, fine-tuned in federation
 
-{summary["clients"]} clients with {min(summary["rows"])} to {max(summary["rows"])} training rows each,
+{summary["clients"]} clients with {", ".join(map(str, summary["rows"]))} training rows,
 {summary["rounds"]} rounds of {args.local_steps} local steps, averaged by `{args.aggregator}`.
 The clients were simulated on machines of one owner, so this says nothing about privacy.
 
