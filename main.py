@@ -296,6 +296,7 @@ def prepare_data(args, tokenizer, folder):
         fail(
             f"--max_length {args.max_length} cuts off too many answers: {len(splits['train'])} rows are left; raise it"
         )
+    datasets.disable_progress_bars()
     datasets.DatasetDict(splits).save_to_disk(f"{folder}/data")
 
 

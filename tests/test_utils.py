@@ -78,7 +78,7 @@ def test_loss_on_the_answer_only(tokenizer, template):
     tokenizer.chat_template = template or tokenizer.chat_template
     row = utils.tokenize_row(SAMPLE, tokenizer, 512)
     assert row["input_ids"].count(tokenizer.bos_token_id) == (0 if template == CHATML else 1)
-    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "30 mg<|eot_id|>"
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]).lstrip() == "30 mg<|eot_id|>"
     assert row["labels"][-1] == tokenizer.eos_token_id
     assert row["length"] == len(row["input_ids"]) == len(row["labels"])
     assert row["answer_length"] == sum(label != -100 for label in row["labels"])
