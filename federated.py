@@ -29,7 +29,6 @@ from trl import SFTConfig, SFTTrainer
 
 import utils
 
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CLIENT_EVAL_ROWS = 32  # at most so many rows of each client are held out, and at most a tenth of its rows
 GLOBAL_EVAL_ROWS = 512  # at most so many of the global held-out rows are evaluated
 ANSWERED_ROWS = 96  # held-out questions that are answered before and after training, for exact match and F1
@@ -62,7 +61,7 @@ def load_model(args, device):
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=LORA_TARGETS,
+        target_modules=utils.LORA_TARGETS,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
@@ -83,7 +82,7 @@ def compute_dtype(device):
     """bf16 where the GPU has it, else fp16; float32 on the CPU (bf16 is 20 times slower there without AMX)."""
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def load_client_data(rank, args):
@@ -139,6 +138,7 @@ def build_trainer(rank, args, device, model, tokenizer, train):
         eval_strategy="no",
         save_strategy="no",
         logging_strategy="no",  # the round does all three
+        logging_nan_inf_filter=False,  # a loss that is not a number is to be seen
         report_to=args.report_to if rank == 0 else "none",
         disable_tqdm=True,
     )
@@ -192,7 +192,7 @@ def score_answers(model, tokenizer, rows, rank, args):
     dist.all_gather_object(  # all ranks participate
         gathered, list(zip(answer(model, tokenizer, own, 2 * args.per_device_train_batch_size), own["references"]))
     )
-    metric = SQuAD()
+    metric = SQuAD(sync_on_compute=False)  # every rank has all answers
     for number, (text, references) in enumerate(pair for part in gathered for pair in part):
         answers = {"text": references, "answer_start": [0] * len(references)}
         metric.update([{"prediction_text": text, "id": str(number)}], [{"answers": answers, "id": str(number)}])
@@ -251,6 +251,8 @@ class FederatedRounds(TrainerCallback):
         self.start, update, report["distance"] = utils.federated_average(
             model, args.world_size, self.start, weight, aggregate, self.state
         )
+        if not torch.isfinite(update).all():  # the same update, so the same verdict on all ranks
+            raise RuntimeError(f"round {number}: the average is not finite; lower --learning_rate")
         report["digest"] = digest(self.start)
         seconds["average"] = self.lap()
 
@@ -263,7 +265,8 @@ class FederatedRounds(TrainerCallback):
         dist.all_gather_object(clients, report)  # all ranks participate
         if len({client["digest"] for client in clients}) > 1:
             raise RuntimeError(f"round {number}: the ranks hold different adapters after averaging")
-        if number == 1 and len({client["local_digest"] for client in clients}) < args.world_size:
+        skipped = trainer.accelerator.optimizer_step_was_skipped  # by the gradient scaler of fp16
+        if number == 1 and not skipped and len({client["local_digest"] for client in clients}) < args.world_size:
             raise RuntimeError("round 1: clients are equal before averaging; they share gradients, or did not train")
         seconds["eval"] = self.lap()
 
@@ -293,6 +296,7 @@ class FederatedRounds(TrainerCallback):
             "update_norm": norm,
             "bytes": 4 * update.numel() * len(clients),  # float32, sent by all clients together
             "tokens": sum(client["tokens"] for client in clients),
+            "peak_memory_gb": round(max(client["memory"] for client in clients), 3),
             "seconds": seconds,
             "digest": clients[0]["digest"],
         }
@@ -309,7 +313,7 @@ class FederatedRounds(TrainerCallback):
             f"round {number:4d}/{args.num_rounds} | train {entry['train_loss']:.4f} | "
             + (f"eval {entry['eval_loss']:.4f} | " if entry["eval_loss"] is not None else "            | ")
             + f"update {norm:.1e} | local {seconds['local']:.1f}s | average {seconds['average']:.1f}s | "
-            f"{max(client['memory'] for client in clients):.1f} GB"
+            f"{entry['peak_memory_gb']:.1f} GB"
         )
 
     def lap(self):
@@ -417,19 +421,19 @@ def publish(args, model, tokenizer, rows, scores, num_questions):
     """Write the finished adapter with its tokenizer and card, the figure and the summary; rank 0 alone."""
     folder = Path(args.output_dir)
     rounds = utils.read_rounds(folder)
-    eval_losses = [entry["eval_loss"] for entry in rounds if entry["eval_loss"] is not None]
+    evaluated = [entry for entry in rounds if entry["eval_loss"] is not None]
     summary = {
         "rounds": len(rounds),
         "clients": len(rows),
         "rows": rows,
         "tokens": sum(entry["tokens"] for entry in rounds),
         "seconds": {name: round(sum(entry["seconds"][name] for entry in rounds), 2) for name in rounds[0]["seconds"]},
-        "eval_loss": {"first": eval_losses[0], "last": eval_losses[-1]},
+        "eval_loss": {"first": evaluated[0]["eval_loss"], "last": evaluated[-1]["eval_loss"]},
         "exact_match": {when: scores[when]["exact_match"] for when in scores},
         "f1": {when: scores[when]["f1"] for when in scores},
         "answered": num_questions,
         "bytes_per_round": rounds[-1]["bytes"],
-        "peak_memory_gb": round(peak_memory(), 3),
+        "peak_memory_gb": max(entry["peak_memory_gb"] for entry in rounds),
         "before": scores["before"],
     }
     target, staging = folder / "federated_global_model", folder / "federated_global_model.tmp"
@@ -438,11 +442,12 @@ def publish(args, model, tokenizer, rows, scores, num_questions):
     model.save_pretrained(staging, save_embedding_layers=False)
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(utils.model_card(args, summary), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    staging.rename(target)
     utils.plot_losses(folder)
     utils.write_aside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"held-out loss  {eval_losses[0]:.4f} -> {eval_losses[-1]:.4f}")
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)  # last of all: with the model there, the run is finished
+    loss = " -> ".join(f"{entry['eval_loss']:.4f} (round {entry['round']})" for entry in (evaluated[0], evaluated[-1]))
+    print(f"held-out loss  {loss}")
     for name in ("exact_match", "f1"):
         before, after = summary[name]["before"], summary[name]["after"]
         print(f"{name.replace('_', ' '):13}  {before:.1f}% -> {after:.1f}% on {num_questions} held-out questions")

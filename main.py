@@ -12,11 +12,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # before anything of Hugging Face 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
+import contextlib
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
 import multiprocessing.forkserver
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -43,7 +46,8 @@ OMPI_COMM_WORLD_LOCAL_SIZE MV2_COMM_WORLD_RANK MV2_COMM_WORLD_SIZE MV2_COMM_WORL
 ACCELERATE_USE_CPU ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_PARALLELISM_CONFIG
 ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".split()
 NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to timeout backend num_gpus versions".split()
-RUN_FILES = "config.json summary.json rounds.jsonl loss.png *_loss.json checkpoints federated_global_model*".split()
+RUN_FILES = """checkpoints federated_global_model* client_*_loss.json global_eval_loss.json rounds.jsonl loss.png runs
+summary.json config.json""".split()  # what --overwrite removes, config.json last: with it there, the folder is a run's
 
 # -----------------------------------------------------------------------------
 # flags
@@ -86,13 +90,15 @@ def parse_args(argv=None):
     add("--eval_rounds", type=positive(int), help="rounds between evaluations (default: a fifth of num_rounds)")
     add("--save_rounds", type=positive(int), help="rounds between checkpoints (default: a tenth of num_rounds)")
     add("--report_to", choices=TRACKERS, default="none", help="tracker, to be installed by yourself")
-    add("--seed", type=int, default=42, help="of the split, the order of the rows, the adapter and its dropout")
+    add("--seed", type=seed, default=42, help="of the split, the order of the rows, the adapter and its dropout")
     add("--timeout", type=positive(float), default=30, help="minutes that a rank waits for the others")
     add("--backend", choices=["nccl", "gloo"], help="(default: nccl with a GPU for every rank, otherwise gloo)")
     args = parser.parse_args(argv)
 
     args.hf_token = (args.hf_token or os.environ.get("HF_TOKEN", "")).strip() or None
     os.environ.pop("HF_TOKEN", None)  # the ranks have no use for it
+    if args.hf_token and not re.fullmatch(r"[!-~]+", args.hf_token):
+        fail("the token in --hf_token or HF_TOKEN has characters that no token has; copy it again")
     args.model_name, args.dataset_path = map(absolute, (args.model_name, args.dataset_path))
     args.num_gpus = torch.cuda.device_count()
     args.learning_rate = args.learning_rate or (1e-2 if args.model_name == EMBEDDED_MODEL else 2e-4)
@@ -132,6 +138,12 @@ def fraction(text):
     return float(text)
 
 
+def seed(text):
+    if not 0 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 up to 2**31")
+    return int(text)
+
+
 def fail(message):
     """End the program over bad input: one line that says what to do, exit code 2."""
     print(f"main.py: error: {message}", file=sys.stderr)
@@ -142,18 +154,31 @@ def fail(message):
 # checks, all before a model is loaded
 
 
-def check_output_dir(args):
-    """Make sure that `output_dir` can be written and holds no run but the one to resume; removes nothing.
-
-    Returns the newest complete checkpoint of the run to resume, None where a run starts from the beginning.
-    """
-    folder = Path(args.output_dir)
+@contextlib.contextmanager
+def locked_output_dir(folder):
+    """Make the folder, and keep other runs out of it as long as the context lasts."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing to --output_dir {folder}; wait for it, or name another")
     except OSError as error:
         fail(f"cannot write to --output_dir {folder}: {error.strerror}")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def check_output_dir(args):
+    """Make sure that `output_dir` holds no run but the one to resume; removes nothing.
+
+    Returns the newest complete checkpoint of the run to resume, None where a run starts from the beginning.
+    """
+    folder = Path(args.output_dir)
     if not (folder / "config.json").exists():
         if args.resume:
             fail(f"--resume: {folder} holds no run; leave --resume out to start one")
@@ -181,8 +206,9 @@ def open_output_dir(args, resume_from):
     folder = Path(args.output_dir)
     for path in (path for pattern in RUN_FILES if args.overwrite for path in folder.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(folder / "checkpoints" / "staging", ignore_errors=True)
-    utils.cut_back_logs(folder, round_of(resume_from))
+    shutil.rmtree(folder / "checkpoints" / ("staging" if resume_from else ""), ignore_errors=True)
+    if args.resume:
+        utils.cut_back_logs(folder, round_of(resume_from))
     utils.write_aside(folder / "config.json", json.dumps(resolved_config(args), indent=2) + "\n")
 
 
@@ -201,6 +227,7 @@ def find_model(args):
     """Return the folder of the model, downloading it once for all ranks, and its tokenizer."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from safetensors import safe_open
     from transformers import AutoTokenizer
 
     name, path = args.model_name, args.model_name
@@ -220,6 +247,9 @@ def find_model(args):
     if not Path(path, "config.json").is_file() or not list(Path(path).glob("*.safetensors")):
         found = ", ".join(sorted(os.listdir(path))[:8]) or "nothing"
         fail(f"--model_name {name}: needs config.json, *.safetensors and a tokenizer; found {found}")
+    names = [name for file in Path(path).glob("*.safetensors") for name in safe_open(file, "pt").keys()]
+    if missing := [part for part in utils.LORA_TARGETS if not any(f".{part}." in name for name in names)]:
+        fail(f"--model_name {args.model_name} is not built as LLaMA is: it has no {', '.join(missing)}")
     try:
         return path, AutoTokenizer.from_pretrained(path)
     except Exception as error:
@@ -267,9 +297,8 @@ def find_rows(args):
     return rows, held_out
 
 
-def prepare_data(args, tokenizer, folder):
+def prepare_data(args, rows, held_out, tokenizer, folder):
     """Tokenize all rows, once for all ranks, into `folder`; count what was cut, drop rows left without an answer."""
-    rows, held_out = find_rows(args)
     splits = {"train": rows} | ({"held_out": held_out} if held_out else {})
     for name, split in splits.items():
         if tokenizer.chat_template is None and not isinstance(split[0].get("prompt"), str):
@@ -316,6 +345,7 @@ def run_rank(rank, args):
     if args.num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.num_gpus)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank % args.num_gpus]  # before CUDA is touched
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{args.output_dir}/runs")  # not beside the checkpoints
     from federated import local_train
 
     local_train(rank, args)
@@ -342,19 +372,25 @@ def launch(target, args):
 
 def main(argv=None, target=run_rank):
     args = parse_args(argv)
+    if argv is None:
+        del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    resume_from = check_output_dir(args)
-    if not args.num_gpus:
-        start_imports()
-    model_path, tokenizer = find_model(args)
-    with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:
-        prepare_data(args, tokenizer, folder)
-        open_output_dir(args, resume_from)
-        args.hf_token = None  # the ranks read from this disk only
-        args.model_path, args.resume_from = model_path, resume_from
-        args.data_path, args.store_path = f"{folder}/data", f"{folder}/store"
-        launch(target, args)
+    with locked_output_dir(Path(args.output_dir)):
+        resume_from = check_output_dir(args)
+        if not args.num_gpus:
+            start_imports()
+        rows, held_out = find_rows(args)
+        model_path, tokenizer = find_model(args)
+        for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:
+            prepare_data(args, rows, held_out, tokenizer, folder)
+            open_output_dir(args, resume_from)
+            args.hf_token = None  # the ranks read from this disk only
+            args.model_path, args.resume_from = model_path, resume_from
+            args.data_path, args.store_path = f"{folder}/data", f"{folder}/store"
+            launch(target, args)
 
 
 if __name__ == "__main__":

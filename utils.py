@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from jinja2 import TemplateError
 
 INSTRUCTION = "Answer the question with words copied from the context. If the answer is not there, say unanswerable."
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UNANSWERABLE = "unanswerable"
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first of these that a dataset has
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -36,6 +37,8 @@ def load_rows(dataset_path, token=None):
     if isinstance(data, Dataset):
         data = DatasetDict(train=data)
     held_out = next((data[name] for name in HELD_OUT_SPLITS if name in data), None)
+    if "train" not in data:
+        raise ValueError(f"no split is named train; found {', '.join(data)}")
     return data["train"], held_out
 
 
@@ -79,8 +82,10 @@ def tokenize_row(row, tokenizer, max_length):
     row and of its answer), `truncated` (bool) and `references` (the accepted answers, for exact match and F1).
     """
     if "messages" in row:
+        if not isinstance(row["messages"], list):
+            raise TypeError("messages is not a list")
         row = {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
-    references = list_answers(row) if "context" in row else None
+    references = list_answers(row) if "answers" in row and "context" in row else None
     if references:
         row = convert_squad_sample_to_llama_conversation(row, tokenizer)
     prompt, completion = row["prompt"], row["completion"]
@@ -144,7 +149,8 @@ def append_loss_to_file(path, loss):
 def read_rounds(output_dir):
     """Return the rounds that `rounds.jsonl` holds, one dict each, oldest first."""
     path = Path(output_dir, "rounds.jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # an unfinished line is no round
+    return [json.loads(line) for line in lines]
 
 
 def cut_back_logs(output_dir, last_round):
@@ -152,7 +158,7 @@ def cut_back_logs(output_dir, last_round):
     rounds = [entry for entry in read_rounds(output_dir) if entry["round"] <= last_round]
     write_aside(Path(output_dir, "rounds.jsonl"), "".join(json.dumps(entry) + "\n" for entry in rounds))
     evaluated = sum(entry["eval_loss"] is not None for entry in rounds)
-    for path in Path(output_dir).glob("*_loss.json"):
+    for path in [*Path(output_dir).glob("client_*_loss.json"), *Path(output_dir).glob("global_eval_loss.json")]:
         keep = last_round if path.name.endswith("train_loss.json") else evaluated
         write_aside(path, json.dumps(json.loads(path.read_text(encoding="utf-8"))[:keep]))
 
@@ -191,10 +197,14 @@ def plot_losses(output_dir):
 # the others is `sum_over_clients`. Add your function to AGGREGATORS and run it with --aggregator NAME.
 
 
+def communication_device():
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
 def sum_over_clients(*terms):
     """Sum each of `terms` (tensors or numbers) over the clients, all in one all-reduce; every rank takes part."""
     terms = [torch.as_tensor(term, dtype=torch.float32) for term in terms]
-    flat = torch.cat([term.reshape(-1).to(terms[0].device) for term in terms])
+    flat = torch.cat([term.reshape(-1).to(communication_device()) for term in terms])
     dist.all_reduce(flat)  # all ranks participate
     sums = [part.view_as(term) for part, term in zip(flat.split([term.numel() for term in terms]), terms)]
     return sums if len(sums) > 1 else sums[0]
@@ -221,7 +231,7 @@ def shared_parameters(model):
 def flatten_parameters(model):
     """Copy the shared parameters into one float32 vector (P,), where the collectives of the backend want it."""
     flat = torch.cat([parameter.detach().float().reshape(-1) for parameter in shared_parameters(model)])
-    return flat if dist.get_backend() == "nccl" else flat.cpu()
+    return flat.to(communication_device())
 
 
 def unflatten_parameters(model, flat):

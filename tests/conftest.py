@@ -12,6 +12,7 @@ import main
 
 ROOT = Path(main.__file__).parent
 SMALL_RUN = "--world_size 2 --num_rounds 4 --local_steps 2 --save_rounds 1 --eval_rounds 2".split()
+SMALL_RUN += "--lora_dropout 0.1 --per_device_train_batch_size 2 --gradient_accumulation_steps 2".split()
 
 
 def run_main(*flags, **environment):

@@ -53,6 +53,8 @@ def write_rows(path, rows):
         ("--lora_dropout 1", "--lora_dropout: 1 is not from 0 up to 1"),
         ("--aggregator fedavgg", "invalid choice: 'fedavgg'"),
         ("--resume --overwrite", "not allowed with argument"),
+        ("--seed -1", "--seed: -1 is not from 0 up to 2**31"),
+        ("--hf_token hf_a\u201db", "characters that no token has"),
         ("--optim adam", "invalid choice: 'adam'"),
         ("--report_to mlflow", "--report_to mlflow is not installed: pip install mlflow"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
@@ -81,6 +83,8 @@ def test_bad_files(refused, tmp_path):
     assert "--dataset_path" in refused("--dataset_path", tmp_path / "empty")
     few = write_rows(tmp_path / "few.jsonl", [{"prompt": "a", "completion": "b"}] * 5)
     assert "5 training rows, 8 clients need 18; lower --world_size" in refused("--dataset_path", few)
+    text = write_rows(tmp_path / "text.jsonl", [{"messages": "[]"}] * 50)
+    assert "messages is not a list" in refused("--dataset_path", text)
     odd = write_rows(tmp_path / "odd.jsonl", [{"context": "a", "question": "b", "answers": "c"}] * 50)
     assert "row has not the form of its kind" in refused("--dataset_path", odd)
 
@@ -89,6 +93,8 @@ def test_bad_output_dir(refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write to --output_dir" in refused("--output_dir", tmp_path / "file")
     assert "cannot write to --output_dir" in refused("--output_dir", "/proc/none")  # even root cannot
+    with main.locked_output_dir(tmp_path / "busy"):
+        assert "another run is writing" in refused("--output_dir", tmp_path / "busy")
     assert "holds no run" in refused("--output_dir", tmp_path / "new", "--resume")
 
 
@@ -283,6 +289,7 @@ def test_resume_gives_the_same_bits(finished, tmp_path):
         assert [entry[key] for entry in actual] == [entry[key] for entry in expected], key
     for path in finished[0].glob("*_loss.json"):
         assert json.loads((folder / path.name).read_text()) == json.loads(path.read_text())
+    assert not list(folder.glob(".prepared-*"))  # left by the kill
     before, after = (json.loads((path / "summary.json").read_text()) for path in (finished[0], folder))
     assert before["exact_match"] == after["exact_match"] and math.isfinite(after["f1"]["after"])
 
