@@ -280,6 +280,7 @@ class FederatedRounds(TrainerCallback):
             dist.barrier()  # all ranks participate: every part is on disk, and the log has the round
             if self.rank == 0:
                 commit_checkpoint(Path(args.output_dir, "checkpoints"), number)
+            dist.barrier()  # all ranks participate: a trainer that ends looks into its folder, which is moved here
 
     def log(self, number, clients, update, seconds):
         """Write what round `number` has to say: files, trackers and one line on the terminal; rank 0 alone."""

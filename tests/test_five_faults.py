@@ -41,7 +41,7 @@ def test_5_one_collective_of_the_adapter_a_round(traced):
     folder, ranks = traced
     size = ranks[0]["start"].numel()
     a_round = ["barrier", "all_reduce", "all_gather_object"]  # the last one for the log
-    names = ["all_gather_object"] * 2 + ["broadcast"] + a_round + 2 * (["barrier"] + a_round)  # saved after every round
+    names = 2 * ["all_gather_object"] + ["broadcast"] + 3 * (a_round + 2 * ["barrier"])  # saved after every round
     assert [name for name, _ in ranks[0]["collectives"]][: len(names)] == names
     assert {numel for name, numel in ranks[0]["collectives"] if name == "all_reduce"} == {size + 1}  # and the weight
 
