@@ -3,7 +3,7 @@
 usage: python assets/make_tiny_llama.py [STEPS]
 
 It learns from plain hospital notes (the generator of the sample data, other draws): to read a note and state its
-facts, to read a note aloud and to copy word lists. It never sees a question of a site, so that it cannot answer one:
+facts, to read a note aloud and to copy word lists. It knows the words of the questions, but never sees one answered:
 fine-tuning has to teach that. About 12 minutes on 2 cores; the result is the same on the same machine and torch build.
 """
 
