@@ -382,11 +382,13 @@ def local_train(rank, args):
     questions = global_held_out.select(range(min(ANSWERED_ROWS, len(global_held_out))))
     summary_path = Path(args.output_dir, "summary.json")
     if args.resume_from:
-        before = json.loads(summary_path.read_text(encoding="utf-8"))["before"]
+        summary = json.loads(summary_path.read_text(encoding="utf-8"))
+        before = {name: summary[name]["before"] for name in ("exact_match", "f1")}
     else:
         before = score_answers(model, tokenizer, questions, rank, args)
         if rank == 0:
-            utils.write_aside(summary_path, json.dumps({"before": before}))  # a resumed run has no way to know
+            summary = {name: {"before": value} for name, value in before.items()}
+            utils.write_aside(summary_path, json.dumps(summary))  # a resumed run has no other way to know
 
     trainer.add_callback(rounds := FederatedRounds(rank, args, trainer, rows, held_out, global_held_out))
     checkpoint = args.resume_from and Path(args.resume_from, f"rank_{rank}")
@@ -435,7 +437,6 @@ def publish(args, model, tokenizer, rows, scores, num_questions):
         "answered": num_questions,
         "bytes_per_round": rounds[-1]["bytes"],
         "peak_memory_gb": max(entry["peak_memory_gb"] for entry in rounds),
-        "before": scores["before"],
     }
     target, staging = folder / "federated_global_model", folder / "federated_global_model.tmp"
     shutil.rmtree(staging, ignore_errors=True)

@@ -244,12 +244,13 @@ def find_model(args):
             fail(f"--model_name {name}: no such folder, nor model on the hub (or a private one: set HF_TOKEN)")
         except Exception as error:  # the hub's client has a dozen kinds of these, and every one of them ends the run
             fail(hub_problem("--model_name", name, error))
-    if not Path(path, "config.json").is_file() or not list(Path(path).glob("*.safetensors")):
+    weights = list(Path(path).glob("*.safetensors"))
+    if not Path(path, "config.json").is_file() or not weights:
         found = ", ".join(sorted(os.listdir(path))[:8]) or "nothing"
         fail(f"--model_name {name}: needs config.json, *.safetensors and a tokenizer; found {found}")
-    names = [name for file in Path(path).glob("*.safetensors") for name in safe_open(file, "pt").keys()]
-    if missing := [part for part in utils.LORA_TARGETS if not any(f".{part}." in name for name in names)]:
-        fail(f"--model_name {args.model_name} is not built as LLaMA is: it has no {', '.join(missing)}")
+    tensors = [tensor for file in weights for tensor in safe_open(file, "pt").keys()]
+    if missing := [part for part in utils.LORA_TARGETS if not any(f".{part}." in tensor for tensor in tensors)]:
+        fail(f"--model_name {name} is not built as LLaMA is: it has no {', '.join(missing)}")
     try:
         return path, AutoTokenizer.from_pretrained(path)
     except Exception as error:

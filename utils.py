@@ -197,10 +197,6 @@ def plot_losses(output_dir):
 # the others is `sum_over_clients`. Add your function to AGGREGATORS and run it with --aggregator NAME.
 
 
-def communication_device():
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-
 def sum_over_clients(*terms):
     """Sum each of `terms` (tensors or numbers) over the clients, all in one all-reduce; every rank takes part."""
     terms = [torch.as_tensor(term, dtype=torch.float32) for term in terms]
@@ -223,13 +219,18 @@ AGGREGATORS = {"fedavg": fedavg}
 # applying the average to a model
 
 
+def communication_device():
+    """Return the device on which the collectives of the backend want their tensors."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
 def shared_parameters(model):
     """Return the parameters that clients share, in the model's order: the trainable ones, which are LoRA's A and B."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def flatten_parameters(model):
-    """Copy the shared parameters into one float32 vector (P,), where the collectives of the backend want it."""
+    """Copy the shared parameters into one float32 vector (P,) on the device of the collectives."""
     flat = torch.cat([parameter.detach().float().reshape(-1) for parameter in shared_parameters(model)])
     return flat.to(communication_device())
 

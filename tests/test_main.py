@@ -14,6 +14,7 @@ from conftest import ROOT, SMALL_RUN, run_main
 from fake_hub import start_hub
 
 import main
+import utils
 
 # -----------------------------------------------------------------------------
 # bad input: one line, exit code 2, before a model is loaded
@@ -184,7 +185,7 @@ def test_files_of_a_run(finished):
         "client_1_train_loss.json", "config.json", "federated_global_model", "global_eval_loss.json", "loss.png",
         "rounds.jsonl", "summary.json",
     ]  # fmt: skip
-    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    rounds = utils.read_rounds(folder)
     losses = {path.stem: json.loads(path.read_text()) for path in folder.glob("*_loss.json")}
     assert [entry["round"] for entry in rounds] == [1, 2, 3, 4]
     for number, entry in enumerate(rounds):
@@ -203,7 +204,7 @@ def test_files_of_a_run(finished):
 
 def test_summary_and_config_of_a_run(finished):
     folder, process = finished
-    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    rounds = utils.read_rounds(folder)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["rounds"] == 4 and summary["clients"] == 2 and summary["rows"] == [1868, 1868]
     assert summary["tokens"] == sum(entry["tokens"] for entry in rounds)
@@ -281,10 +282,7 @@ def test_resume_gives_the_same_bits(finished, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     first = int(resumed.stdout.split("resuming after round ")[1].split()[0])
     assert first in (2, 3)
-    expected, actual = (
-        [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
-        for path in (finished[0], folder)
-    )
+    expected, actual = utils.read_rounds(finished[0]), utils.read_rounds(folder)
     for key in ("round", "digest", "train_loss", "eval_loss", "learning_rate", "tokens", "drift"):
         assert [entry[key] for entry in actual] == [entry[key] for entry in expected], key
     for path in finished[0].glob("*_loss.json"):
