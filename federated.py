@@ -1,7 +1,10 @@
 """The life of one rank: load a 4-bit LLaMA, train its LoRA on rows of its own, average with the others every round."""
 
+import collections
 import datetime
+import functools
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -11,15 +14,16 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels as missing, once per process
 
 import bitsandbytes as bnb
 import datasets
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from datasets import load_from_disk
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torchmetrics.text import SQuAD
 from tqdm import tqdm
@@ -27,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+import report
 import utils
 
 CLIENT_EVAL_ROWS = 32  # at most so many rows of each client are held out, and at most a tenth of its rows
@@ -34,6 +39,8 @@ GLOBAL_EVAL_ROWS = 512  # at most so many of the global held-out rows are evalua
 ANSWERED_ROWS = 96  # held-out questions that are answered before and after training, for exact match and F1
 MAX_NEW_TOKENS = 32
 KEPT_CHECKPOINTS = 2
+DRIFT_COORDINATES = 2**18  # of an update are kept to compare it with the average: 1 MB per client of the round
+HINTED_ERROR = 0.1  # from this aggregation error on, a run is told once what can be done about it
 
 # -----------------------------------------------------------------------------
 # model, data and trainer of one rank
@@ -64,7 +71,16 @@ def load_model(args, device):
         target_modules=utils.LORA_TARGETS,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    model = get_peft_model(model, lora)
+    trained = {part for part, _ in utils.LORA_VARIANTS[args.lora_variant]}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(part in name for part in trained)
+    return model
+
+
+def lora_parameters(model):
+    """Return all LoRA parameters, trained or not, in the model's order: A before B in every projection."""
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
 def keep_4bit_layout(model):
@@ -85,37 +101,82 @@ def compute_dtype(device):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_client_data(rank, args):
-    """Return (train, held_out, global_held_out, num_rows) of client `rank`, its training rows in the order of the run.
+class ClientData(NamedTuple):
+    """What a rank knows of the data, and who plays when."""
 
-    Disjoint from those of every other client. The global held-out rows are the same on all ranks.
-    """
-    data = load_from_disk(args.data_path)
-    parts = args.world_size + ("held_out" not in data)
-    part = utils.partition_dataset(data["train"], rank, parts, args.seed)
+    rows: datasets.Dataset  # all training rows of the run
+    parts: list  # row numbers of each client, the first num_held[k] of which it holds out
+    num_held: list
+    global_held_out: datasets.Dataset  # the same on all ranks
+    plan: list  # of the rounds, see utils.plan_rounds
+    turns: list  # (round, client) of this rank; a turn is local_steps steps of one client
+    order: np.ndarray  # the row numbers of those turns, one after another
+    train: datasets.Dataset  # and those rows
+
+    @property
+    def num_train(self):
+        """The training rows of every client, which are its weight."""
+        return [len(part) - held for part, held in zip(self.parts, self.num_held)]
+
+    def held_out(self, client):
+        return self.rows.select(self.parts[client][: self.num_held[client]])
+
+
+def load_client_data(rank, args):
+    """Return the ClientData of one rank. No row is in two of its parts; every client reads only its own."""
+    data = datasets.load_from_disk(args.data_path)
+    split = json.loads(Path(args.data_path, "parts.json").read_text(encoding="utf-8"))
+    parts = [np.array(part) for part in split["clients"]]
+    num_held = [max(1, min(CLIENT_EVAL_ROWS, len(part) // 10)) for part in parts]
     if "held_out" in data:
         global_held_out = utils.partition_dataset(data["held_out"], 0, 1, args.seed)
     else:
-        global_held_out = utils.partition_dataset(data["train"], args.world_size, parts, args.seed)
+        global_held_out = data["train"].select(split["held_out"])
     global_held_out = global_held_out.select(range(min(GLOBAL_EVAL_ROWS, len(global_held_out))))
-    held_out = part.select(range(max(1, min(CLIENT_EVAL_ROWS, len(part) // 10))))
-    train = part.select(range(len(held_out), len(part)))
-    total = args.num_rounds * args.local_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    order = utils.schedule_rows(len(train), total, [args.seed, rank])
-    return train.select(order), held_out, global_held_out, len(train)
+
+    plan = utils.plan_rounds(args.num_clients, args.clients_per_round, args.num_rounds, args.world_size, args.seed)
+    per_turn = args.local_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    played, turns, order = collections.Counter(), [], []
+    for number, (shares, _) in enumerate(plan, start=1):
+        for client in shares[rank]:
+            turns.append((number, client, played[client]))
+        played.update(client for share in shares for client in share)
+    schedules = {}
+    for _, client, times in turns:
+        train = parts[client][num_held[client] :]
+        if client not in schedules:
+            schedules[client] = utils.schedule_rows(len(train), played[client] * per_turn, [args.seed, client])
+        order.append(train[schedules[client][times * per_turn : (times + 1) * per_turn]])
+    return ClientData(
+        rows=data["train"],
+        parts=parts,
+        num_held=num_held,
+        global_held_out=global_held_out,
+        plan=plan,
+        turns=[(number, client) for number, client, _ in turns],
+        order=(order := np.concatenate(order)),
+        train=data["train"].select(order),
+    )
 
 
 class LocalTrainer(SFTTrainer):
-    """TRL's trainer, with a learning rate that is above zero from the first step to the last."""
+    """TRL's trainer, with a learning rate that follows the federated step and is above zero from first to last."""
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        steps = (
+            self.federated_steps
+        )  # of each of this rank's steps: rounds before it x local_steps + its place in the round
+        scheduler = super().create_scheduler(max(steps) + 2, optimizer)
+        # a warm-up begins at zero, where one local step would be a round without training: enter the curve a step in
+        scheduler.lr_lambdas = [
+            lambda step, curve=curve: curve(steps[min(step, len(steps)) - 1] + 1) for curve in scheduler.lr_lambdas
+        ]
         with warnings.catch_warnings(action="ignore"):  # torch asks for an optimizer step before the first of these
-            scheduler.step()  # a warm-up begins at zero: with one local step, that would be a round without training
+            scheduler.step()
         return scheduler
 
 
-def build_trainer(rank, args, device, model, tokenizer, train):
+def build_trainer(rank, args, device, model, tokenizer, data):
     """Build the trainer of one rank, which must not know that there are others."""
     dtype = compute_dtype(device)
     config = SFTConfig(
@@ -124,7 +185,7 @@ def build_trainer(rank, args, device, model, tokenizer, train):
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         gradient_checkpointing=device.type == "cuda",
-        max_steps=args.num_rounds * args.local_steps,
+        max_steps=len(data.turns) * args.local_steps,
         per_device_train_batch_size=args.per_device_train_batch_size,
         per_device_eval_batch_size=2 * args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -142,11 +203,12 @@ def build_trainer(rank, args, device, model, tokenizer, train):
         report_to=args.report_to if rank == 0 else "none",
         disable_tqdm=True,
     )
-    trainer = LocalTrainer(model=model, args=config, train_dataset=train, processing_class=tokenizer)
+    trainer = LocalTrainer(model=model, args=config, train_dataset=data.train, processing_class=tokenizer)
+    trainer.federated_steps = [(n - 1) * args.local_steps + i for n, _ in data.turns for i in range(args.local_steps)]
     trainer.remove_callback(PrinterCallback)
     if trainer.accelerator.num_processes != 1:
         raise RuntimeError(f"rank {rank}: accelerate sees other ranks, and would average every gradient (DDP)")
-    for parameter in utils.shared_parameters(model):
+    for parameter in lora_parameters(model):
         parameter.data = parameter.data.float()  # TRL makes the adapters of a 4-bit model bf16, too coarse to average
     return trainer
 
@@ -157,19 +219,19 @@ def build_trainer(rank, args, device, model, tokenizer, train):
 
 @torch.no_grad()
 def evaluate(trainer, rows):
-    """Return the mean loss over all answer tokens of `rows`, in nats; it does not depend on the batch size."""
+    """Return (loss, tokens) over the answer tokens of `rows`: the sum of the loss in nats, and their number."""
     trainer.model.eval()
     loss, tokens = 0.0, 0
-    for batch in trainer.get_eval_dataloader(rows):
+    for batch in trainer.get_eval_dataloader(rows) if len(rows) else ():
         tokens += (batch["labels"][:, 1:] != -100).sum().item()
         with trainer.compute_loss_context_manager():
             loss += trainer.compute_loss(trainer.model, batch, num_items_in_batch=1).item()  # divided by 1: the sum
-    return loss / tokens
+    return loss, tokens
 
 
 @torch.no_grad()
 def answer(model, tokenizer, rows, batch_size):
-    """Return the greedy answers of `model` to the prompts of `rows`, as texts of at most MAX_NEW_TOKENS tokens."""
+    """Return (answer, accepted answers) to each of `rows`: greedily, of at most MAX_NEW_TOKENS tokens."""
     model.eval()
     stop = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
@@ -182,21 +244,16 @@ def answer(model, tokenizer, rows, batch_size):
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         tokens = model.generate(**inputs, generation_config=greedy)
         texts += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [(text.strip(), references) for text, references in zip(texts, rows["references"])]
 
 
-def score_answers(model, tokenizer, rows, rank, args):
-    """Return exact match and F1 (SQuAD v1, percent) on `rows`, which the ranks share out; every rank takes part."""
-    own = rows.select(range(rank, len(rows), args.world_size))
-    gathered = [None] * args.world_size
-    dist.all_gather_object(  # all ranks participate
-        gathered, list(zip(answer(model, tokenizer, own, 2 * args.per_device_train_batch_size), own["references"]))
-    )
-    metric = SQuAD(sync_on_compute=False)  # every rank has all answers
-    for number, (text, references) in enumerate(pair for part in gathered for pair in part):
+def score(answers):
+    """Return exact match and F1 (SQuAD v1, percent) of (answer, accepted answers) pairs."""
+    metric = SQuAD(sync_on_compute=False)  # this rank has all of them
+    for number, (text, references) in enumerate(answers):
         answers = {"text": references, "answer_start": [0] * len(references)}
         metric.update([{"prediction_text": text, "id": str(number)}], [{"answers": answers, "id": str(number)}])
-    return {name: round(value.item(), 2) for name, value in metric.compute().items()}
+    return {name: value.item() for name, value in metric.compute().items()}
 
 
 # -----------------------------------------------------------------------------
@@ -204,25 +261,68 @@ def score_answers(model, tokenizer, rows, rank, args):
 
 
 class FederatedRounds(TrainerCallback):
-    """Ends a round after every `local_steps` optimizer steps: average, evaluate, log, save; every rank takes part."""
+    """Plays the clients of this rank in turn and ends each round: average, evaluate, log, save.
 
-    def __init__(self, rank, args, trainer, rows, held_out, global_held_out):
-        self.rank, self.args, self.trainer, self.rows = rank, args, trainer, rows
-        self.held_out, self.global_held_out = held_out, global_held_out
-        self.state = {}  # of the averaging strategy
+    Every rank takes part in every round. A turn is `local_steps` optimizer steps of one client.
+    """
+
+    def __init__(self, rank, args, trainer, data):
+        self.rank, self.args, self.trainer, self.data = rank, args, trainer, data
+        self.model, self.lora = trainer.model, lora_parameters(trainer.model)
+        self.variant = utils.LORA_VARIANTS[args.lora_variant]
+        if args.aggregator == "none":
+            self.variant = [(trained, "nothing") for trained, _ in self.variant]
+        # what stays with its client: its own B, or all of it; such a client has a model of its own
+        self.private = [p for n, p in self.model.named_parameters() if p.requires_grad and self.variant[0][1] not in n]
+        self.private = self.private if args.lora_variant == "fedsa" or args.aggregator == "none" else []
+        self.staging = Path(args.output_dir, f"{utils.CLIENT_MODELS if self.private else utils.GLOBAL_MODEL}.tmp")
+        self.states = [{} for _ in self.variant]  # of the averaging strategy; RoLoRA's A and B have one each
+        self.control = torch.zeros(0)  # SCAFFOLD's c: the mean of the clients' gradients
+        self.records = {}  # client -> what it left in host memory when its turn was over, on the rank that has played it
+        self.current = None  # the client whose moments are in the optimizer, and whose private tensors in the model
+        self.alone = len({client for _, client in data.turns}) == 1  # one client from first to last: nothing to change
+        self.reports, self.kept, self.checked, self.hinted = [], [], False, False
         self.lengths = trainer.train_dataset["length"]
         self.bar = tqdm(
             total=trainer.args.max_steps, unit="step", disable=None if rank == 0 else True, dynamic_ncols=True
         )
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        start = utils.flatten_parameters(model)
-        dist.broadcast(start, src=0)  # all ranks participate: from a different A on each, the first average is noise
-        utils.unflatten_parameters(model, start)
-        if self.args.resume_from:
-            self.state = torch.load(Path(self.args.resume_from, f"rank_{self.rank}", "strategy.pt"), weights_only=True)
+    def on_train_begin(self, args, state, control, optimizer, lr_scheduler, **kwargs):
+        self.optimizer = optimizer.optimizer  # without accelerate's wrapper
+        start = utils.flatten_parameters(self.lora)
+        if not self.args.resume_from:
+            dist.broadcast(
+                start, src=0
+            )  # all ranks participate: from a different A on each, the first average is noise
+            utils.unflatten_parameters(self.lora, start)
+            self.first_private = utils.flatten_parameters(self.private).cpu()  # of a client's first turn
+            self.control = (
+                torch.zeros_like(utils.flatten_parameters(self.shared(1))) if self.args.scaffold else self.control
+            )
+        else:
+            saved = torch.load(Path(self.args.resume_from, "strategy.pt"), weights_only=True)
+            self.states, self.first_private, self.control = saved["states"], saved["first_private"], saved["control"]
+            self.control = self.control.to(start.device)
+            self.records = torch.load(Path(self.args.resume_from, f"rank_{self.rank}", "clients.pt"), weights_only=True)
+        if self.args.resume_from and self.alone:
+            self.current = self.data.turns[0][1]  # as the trainer has loaded it
+        self.check_start(lr_scheduler.get_last_lr()[0])
         self.bar.update(state.global_step)
-        self.start, self.clock = start, time.perf_counter()
+        self.clock = time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step % self.args.local_steps == 0:
+            self.begin_turn(state.global_step // self.args.local_steps)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Add FedProx's and SCAFFOLD's terms to the gradients, which are clipped already."""
+        if self.args.prox_mu:  # Li et al. 2020 (arXiv:1812.06127): the gradient of mu/2 ||w - start||^2
+            for parameter, anchor in zip(self.parameters, self.anchors):
+                parameter.grad.add_(parameter.detach() - anchor, alpha=self.args.prox_mu)
+        if self.args.scaffold:  # Karimireddy et al. 2020 (arXiv:1910.06378)
+            for parameter, total, correction in zip(self.parameters, self.gradients, self.corrections):
+                total += parameter.grad
+                parameter.grad += correction
 
     def on_optimizer_step(self, args, state, control, lr_scheduler, **kwargs):
         self.learning_rate = lr_scheduler.get_last_lr()[0]
@@ -230,97 +330,336 @@ class FederatedRounds(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
         if state.global_step % self.args.local_steps == 0:
-            self.finish_round(state.global_step // self.args.local_steps)
+            self.finish_turn(state.global_step // self.args.local_steps - 1)
 
-    def finish_round(self, number):
-        """Finish round `number`, counted from 1."""
-        args, model, trainer = self.args, self.trainer.model, self.trainer
-        evaluated = number % args.eval_rounds == 0 or number == args.num_rounds
-        saved = number % args.save_rounds == 0 or number == args.num_rounds
-        per_round = len(self.lengths) // args.num_rounds
-        report = {
+    # ---- the turn of a client
+
+    def shared(self, number):
+        """Return the parameters that are shared in round `number`."""
+        return utils.shared_parameters(self.model, self.variant[(number - 1) % len(self.variant)][1])
+
+    def begin_turn(self, index):
+        """Bring in the client of this turn, as it was after its last one, and at the start of the round."""
+        args, (number, client) = self.args, self.data.turns[index]
+        if index == 0 or self.data.turns[index - 1][0] != number:  # a new round
+            for name, parameter in self.model.named_parameters() if len(self.variant) > 1 else ():
+                parameter.requires_grad = self.variant[(number - 1) % len(self.variant)][0] in name
+            self.parameters = self.shared(number)
+            self.start = utils.flatten_parameters(self.parameters)
+            self.move_clients(self.data.plan[number - 1][1])
+        self.enter(client)
+        if args.client_state == "reset":
+            load_moments(self.optimizer, None)
+        # every client's dropout masks are its own, whatever its rank did before
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, client, number]).generate_state(1)[0]))
+        if args.prox_mu:
+            self.anchors = split_like(self.start, self.parameters)
+        if args.scaffold:
+            own = self.records.setdefault(client, {}).get("control", torch.zeros(self.control.shape))
+            self.corrections = split_like(self.control - own.to(self.control.device), self.parameters)
+            self.gradients = split_like(torch.zeros_like(self.control), self.parameters)
+
+    def enter(self, client):
+        """Take `client` out of host memory, and put away the one before."""
+        if client == self.current:
+            return
+        self.leave()
+        record = self.records.setdefault(client, {})
+        load_moments(self.optimizer, record.pop("moments", None))
+        utils.unflatten_parameters(self.private, record.pop("private", self.first_private))
+        utils.unflatten_parameters(self.parameters, self.start)
+        self.current = client
+
+    def leave(self):
+        """Copy what the current client keeps between its turns into host memory."""
+        if self.current is None:
+            return
+        record = self.records.setdefault(self.current, {})
+        if self.args.client_state == "keep":
+            record["moments"] = save_moments(self.optimizer)
+        if self.private:
+            record["private"] = utils.flatten_parameters(self.private).cpu()
+
+    def move_clients(self, moves):
+        """Send what clients left behind to the ranks that play them now; those two ranks take part."""
+        if self.args.client_state == "reset" and not self.private and not self.args.scaffold:
+            return  # they leave nothing behind
+        for client, source, destination in moves:
+            if self.rank == source:
+                if client == self.current:
+                    self.leave()
+                    self.current = None
+                dist.send_object_list([self.records.pop(client)], dst=destination)
+            elif self.rank == destination:
+                dist.recv_object_list(record := [None], src=source)
+                self.records[client] = record[0]
+
+    def finish_turn(self, index):
+        """Send this client's update; after the last client of the round, finish the round."""
+        args, trainer, (number, client) = self.args, self.trainer, self.data.turns[index]
+        last = index + 1 == len(self.data.turns) or self.data.turns[index + 1][0] != number
+        per_turn = len(self.lengths) // len(self.data.turns)
+        mine = {
+            "client": client,
             "train_loss": trainer._tr_loss.item() / args.local_steps,
-            "tokens": sum(self.lengths[(number - 1) * per_round : number * per_round]),
-            "local_digest": digest(utils.flatten_parameters(model)) if number == 1 else None,
+            "tokens": sum(self.lengths[index * per_turn : (index + 1) * per_turn]),
         }
         trainer._tr_loss.zero_()  # the trainer's running sum, left to us as the trainer logs nothing itself
-        dist.barrier()  # all ranks participate; waiting for the slowest client counts as local
-        seconds = {"local": self.lap()}
-
-        weight, aggregate = self.rows[self.rank], utils.AGGREGATORS[args.aggregator]
-        self.start, update, report["distance"] = utils.federated_average(
-            model, args.world_size, self.start, weight, aggregate, self.state
+        if self.private or not self.checked:
+            mine["local_digest"] = digest(utils.flatten_parameters(self.lora))
+        weight = self.data.num_train[client]
+        if self.measures_error(number):
+            self.kept.append((client, weight, utils.flatten_parameters(self.lora)))
+        if args.scaffold:  # c_i becomes the mean of this turn's gradients: no SGD algebra, so it holds for AdamW too
+            record, gradients = self.records[client], utils.flatten_parameters(self.gradients) / args.local_steps
+            self.change = self.change if self.reports else torch.zeros_like(gradients, dtype=torch.float64)
+            self.change += gradients - record.get("control", torch.zeros(gradients.shape)).to(gradients.device)
+            record["control"] = gradients.cpu()
+        if last:
+            dist.barrier()  # all ranks participate; waiting for the slowest rank counts as local
+            seconds = {"local": self.lap()}
+        average, update = utils.federated_average(
+            self.model,
+            args.world_size,
+            self.start,
+            weight,
+            make_strategy(args),
+            self.states[(number - 1) % len(self.states)],
+            part=self.variant[(number - 1) % len(self.variant)][1],
+            client=client,
+            last=last,
         )
-        if not torch.isfinite(update).all():  # the same update, so the same verdict on all ranks
+        mine["sample"] = sample_coordinates(update)
+        self.reports.append(mine)
+        if last:
+            if args.scaffold:
+                dist.all_reduce(self.change)  # all ranks participate
+                self.control += (self.change / args.num_clients).float()
+            self.finish_round(number, average, seconds)
+
+    # ---- the end of a round
+
+    def measures_error(self, number):
+        """Whether the aggregation error is measured in this round: it needs all clients' adapters at once."""
+        shares_both = not self.private
+        room = self.args.client_state == "keep" or self.args.clients_per_round == self.args.world_size
+        return self.is_due(number, self.args.eval_rounds) and shares_both and room
+
+    def is_due(self, number, rounds):
+        return number % rounds == 0 or number == self.args.num_rounds
+
+    def finish_round(self, number, average, seconds):
+        """Finish round `number`, counted from 1, after the averaging."""
+        args, trainer, data = self.args, self.trainer, self.data
+        if not torch.isfinite(average).all():  # the same average, so the same verdict on all ranks
             raise RuntimeError(f"round {number}: the average is not finite; lower --learning_rate")
-        report["digest"] = digest(self.start)
+        norm = torch.linalg.vector_norm(average).item()
+        self.start = utils.flatten_parameters(self.parameters)
+        shared = digest(self.start)
+        sample = sample_coordinates(average)
+        for mine in self.reports:
+            distance = torch.linalg.vector_norm(mine.pop("sample") - sample)
+            mine["drift"] = (distance / torch.linalg.vector_norm(sample)).item() if norm else 0.0
         seconds["average"] = self.lap()
 
-        if evaluated:
-            report["eval_loss"] = evaluate(trainer, self.held_out)
-            if self.rank == 0:
-                report["global_eval_loss"] = evaluate(trainer, self.global_held_out)
-        report["memory"] = peak_memory()
-        clients = [None] * args.world_size
-        dist.all_gather_object(clients, report)  # all ranks participate
-        if len({client["digest"] for client in clients}) > 1:
-            raise RuntimeError(f"round {number}: the ranks hold different adapters after averaging")
-        skipped = trainer.accelerator.optimizer_step_was_skipped  # by the gradient scaler of fp16
-        if number == 1 and not skipped and len({client["local_digest"] for client in clients}) < args.world_size:
-            raise RuntimeError("round 1: clients are equal before averaging; they share gradients, or did not train")
+        error = utils.product_error(self.kept, [p.shape for p in self.lora]) if self.kept else None
+        self.kept = []
+        everyone = {"memory": peak_memory(), "shared": shared, "reports": self.reports}
+        if self.is_due(number, args.eval_rounds):
+            everyone["global"] = evaluate(trainer, data.global_held_out.select(self.own_share(data.global_held_out)))
+            for mine in self.reports:
+                if self.private:  # a model of its own
+                    self.enter(mine["client"])
+                    everyone["global"] = None
+                    mine["global"] = evaluate(trainer, data.global_held_out)
+                mine["eval"] = evaluate(trainer, data.held_out(mine["client"]))
+        ranks = [None] * args.world_size
+        dist.all_gather_object(ranks, everyone)  # all ranks participate
+        clients = sorted((mine for rank in ranks for mine in rank["reports"]), key=lambda mine: mine["client"])
+        self.check_average(ranks, clients)
         seconds["eval"] = self.lap()
 
-        if saved:
-            trainer._save_checkpoint(model, trial=None)  # into checkpoints/staging/rank_N
-            torch.save(self.state, Path(trainer.args.output_dir, "strategy.pt"))
+        if saved := self.is_due(number, args.save_rounds):
+            self.save()
         seconds["save"] = self.lap()
         if self.rank == 0:
-            self.log(number, clients, update, seconds)
+            self.log(number, ranks, clients, norm, error, seconds)
+        self.reports = []
         if saved:
             dist.barrier()  # all ranks participate: every part is on disk, and the log has the round
             if self.rank == 0:
                 commit_checkpoint(Path(args.output_dir, "checkpoints"), number)
             dist.barrier()  # all ranks participate: a trainer that ends looks into its folder, which is moved here
 
-    def log(self, number, clients, update, seconds):
+    def own_share(self, rows):
+        return range(self.rank, len(rows), self.args.world_size)
+
+    def save(self):
+        """Write this rank's part of a checkpoint into checkpoints/staging."""
+        self.trainer._save_checkpoint(self.model, trial=None)  # into rank_N
+        folder = Path(self.trainer.args.output_dir)
+        if not self.alone:
+            self.leave()
+        torch.save(self.records, folder / "clients.pt")
+        if self.rank == 0:  # the same on all ranks
+            states = [{k: v for k, v in state.items() if k not in ("start", "shapes")} for state in self.states]
+            saved = {"states": states, "first_private": self.first_private, "control": self.control}
+            torch.save(saved, folder.parent / "strategy.pt")
+
+    def log(self, number, ranks, clients, norm, error, seconds):
         """Write what round `number` has to say: files, trackers and one line on the terminal; rank 0 alone."""
-        args, folder = self.args, Path(self.args.output_dir)
-        norm = torch.linalg.vector_norm(update).item()
+        args, data, folder = self.args, self.data, Path(self.args.output_dir)
+        digests = [ranks[0]["shared"], *(client["local_digest"] for client in clients if self.private)]
         entry = {
             "round": number,
             "train_loss": sum(client["train_loss"] for client in clients) / len(clients),
-            "eval_loss": clients[0].get("global_eval_loss"),
+            "eval_loss": None,
             "learning_rate": self.learning_rate,
-            "clients": list(range(len(clients))),
-            "weights": self.rows,
-            "drift": sum(client["distance"] for client in clients) / len(clients) / norm if norm else 0.0,
+            "clients": [client["client"] for client in clients],
+            "weights": [data.num_train[client["client"]] for client in clients],
+            "drift": sum(client["drift"] for client in clients) / len(clients),
+            "client_drift": [round(client["drift"], 6) for client in clients],
+            "aggregation_error": error,
             "update_norm": norm,
-            "bytes": 4 * update.numel() * len(clients),  # float32, sent by all clients together
+            "bytes": 4 * self.start.numel() * len(clients),  # float32, sent by all clients together
             "tokens": sum(client["tokens"] for client in clients),
-            "peak_memory_gb": round(max(client["memory"] for client in clients), 3),
+            "peak_memory_gb": round(max(rank["memory"] for rank in ranks), 3),
             "seconds": seconds,
-            "digest": clients[0]["digest"],
+            "digest": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         }
-        for k, client in enumerate(clients):
-            utils.append_loss_to_file(folder / f"client_{k}_train_loss.json", client["train_loss"])
-            if "eval_loss" in client:
-                utils.append_loss_to_file(folder / f"client_{k}_eval_loss.json", client["eval_loss"])
-        if entry["eval_loss"] is not None:
+        if "global" in ranks[0]:  # one model that the ranks have evaluated together, or one of each client
+            entry["eval_loss"] = (
+                sum(client["global"][0] / client["global"][1] for client in clients) / len(clients)
+                if self.private
+                else sum(rank["global"][0] for rank in ranks) / sum(rank["global"][1] for rank in ranks)
+            )
             utils.append_loss_to_file(folder / "global_eval_loss.json", entry["eval_loss"])
+        for client in clients:
+            name = f"client_{client['client']}"
+            utils.append_loss_to_file(folder / f"{name}_train_loss.json", client["train_loss"])
+            if "eval" in client:
+                utils.append_loss_to_file(folder / f"{name}_eval_loss.json", client["eval"][0] / client["eval"][1])
         with open(folder / "rounds.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         self.trainer.log({name: value for name, value in entry.items() if isinstance(value, float)})
-        self.bar.write(
-            f"round {number:4d}/{args.num_rounds} | train {entry['train_loss']:.4f} | "
-            + (f"eval {entry['eval_loss']:.4f} | " if entry["eval_loss"] is not None else "            | ")
-            + f"update {norm:.1e} | local {seconds['local']:.1f}s | average {seconds['average']:.1f}s | "
-            f"{entry['peak_memory_gb']:.1f} GB"
-        )
+        self.bar.write(report.round_line(args, entry))
+        if (error or 0) > HINTED_ERROR and not self.hinted:
+            self.hinted = True
+            self.bar.write(
+                f"  averaging A and B apart makes an error of {error:.0%} of the product that they stand for here; "
+                "--lora_variant ffa or rolora, --aggregator svd, or fewer --local_steps avoid it"
+            )
 
     def lap(self):
         """Return the seconds since the last call."""
         before, self.clock = self.clock, time.perf_counter()
         return round(self.clock - before, 4)
+
+    # ---- self-check: is this federated learning?
+
+    def check_start(self, learning_rate):
+        """Check what can be known before the first step; every rank takes part."""
+        trainer, turns = self.trainer, self.data.turns
+        positions, per_turn = list(trainer._get_train_sampler()), len(self.data.train) // len(turns)
+        fresh = None
+        if again := [i for i, (_, client) in enumerate(turns) if i and client == turns[0][1]]:
+            first, second = (
+                {self.data.order[j] for j in positions[i * per_turn : (i + 1) * per_turn]} for i in (0, again[0])
+            )
+            client = turns[0][1]
+            unread = self.data.num_train[client] - len(first)
+            fresh = (len(second - first), len(second), min(unread, len(second)))
+        mine = {
+            "wrapped": type(trainer.model_wrapped).__name__,
+            "processes": trainer.accelerator.num_processes,
+            "start": digest(utils.flatten_parameters(self.shared(1))),
+            "learning_rate": learning_rate,
+            "fresh": fresh,
+        }
+        ranks = [None] * self.args.world_size
+        dist.all_gather_object(ranks, mine)  # all ranks participate
+        wrapped = {rank["wrapped"] for rank in ranks}
+        alone = all(rank["processes"] == 1 for rank in ranks) and wrapped == {type(self.model).__name__}
+        self.check(alone, f"no DDP: every rank trains a {', '.join(sorted(wrapped))} alone")
+        starts = {rank["start"] for rank in ranks}
+        self.check(len(starts) == 1, f"one start: {len(starts)} digest(s) on {len(ranks)} ranks, {mine['start'][:8]}")
+        lowest = min(rank["learning_rate"] for rank in ranks)
+        self.check(lowest > 0, f"it learns from the first step on: learning rate {lowest:.2e}")
+        if fresh := [rank["fresh"] for rank in ranks if rank["fresh"]]:
+            new, read = sum(part[0] for part in fresh), sum(part[1] for part in fresh)
+            self.check(
+                all(part[0] >= part[2] for part in fresh),
+                f"fresh data: {new} of {read} rows of the second turns are not of the first",
+            )
+
+    def check_average(self, ranks, clients):
+        """Check that clients were apart before the averaging, and ranks equal after it; every rank takes part."""
+        after = len({rank["shared"] for rank in ranks})
+        if not self.checked:
+            before = len({client["local_digest"] for client in clients})
+            skipped = self.trainer.accelerator.optimizer_step_was_skipped  # by the gradient scaler of fp16
+            self.check(
+                (before == len(clients) or skipped) and after == 1,
+                f"federated: {before} adapters of {len(clients)} clients before the averaging, {after} after it",
+            )
+            self.checked = True
+        elif after > 1:
+            self.check(False, f"federated: {after} adapters after the averaging")
+
+    def check(self, passed, text):
+        """Say it; where it is not so, on all ranks, end the run with exit code 3."""
+        if self.rank == 0:
+            self.bar.write(f"  {'✓' if passed else '✗'} {text}")
+        if not passed:
+            dist.barrier()  # all ranks participate: nobody leaves before it is said
+            raise SystemExit(3)
+
+
+def make_strategy(args):
+    """Return the strategy of --aggregator with those of its settings that are flags."""
+    function = utils.AGGREGATORS[args.aggregator]
+    names = list(inspect.signature(function).parameters)[3:]
+    settings = {name: vars(args)[name] for name in names if vars(args).get(name) is not None}
+    return functools.partial(function, **settings)
+
+
+def split_like(flat, parameters):
+    """Return the parts of a vector (P,) that belong to the parameters, on their device."""
+    flat = flat.to(parameters[0].device)
+    return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters)]
+
+
+def save_moments(optimizer):
+    """Copy the optimizer's state into host memory: one dict per parameter."""
+    return [
+        {
+            name: value.to("cpu", copy=True) if torch.is_tensor(value) else value
+            for name, value in optimizer.state.get(parameter, {}).items()
+            if not name.startswith("qmap")  # bitsandbytes' 8-bit code book, the same for all
+        }
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+
+
+def load_moments(optimizer, moments):
+    """Copy a state back in place; None, and what a state has not, is zero, which is how an optimizer begins."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, saved in zip(parameters, moments or [{}] * len(parameters)):
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if not torch.is_tensor(value):
+                state[name] = saved.get(name, 0)
+            elif name in saved:
+                value.copy_(saved[name])
+            elif not name.startswith("qmap"):
+                value.zero_()
+
+
+def sample_coordinates(vector):
+    """Return at most DRIFT_COORDINATES evenly spaced values of a vector (P,); an odd stride meets every column."""
+    stride = -(-len(vector) // DRIFT_COORDINATES)
+    return vector[:: stride | 1 if stride > 1 else 1].clone()
 
 
 def digest(flat):
@@ -347,13 +686,13 @@ def commit_checkpoint(folder, number):
 
 
 def local_train(rank, args):
-    """Train the client of `rank` in federation with those of the other ranks, and leave behind what a run leaves.
+    """Train the clients of `rank` in federation with those of the other ranks, and leave behind what a run leaves.
 
-    `args` are the parsed flags, with the paths that main.py has prepared. Raises RuntimeError where the ranks would
-    not be federated: wrapped in DDP, equal before the first averaging, or different after one.
+    `args` are the parsed flags, with the paths that main.py has prepared. Ends with exit code 3 where the run would not
+    be federated: ranks wrapped in DDP, clients equal before the first averaging, or ranks different after one.
     """
     device = torch.device("cuda", 0) if args.num_gpus else torch.device("cpu")
-    sys.stdout.reconfigure(line_buffering=True)  # a round's line is to be seen when the round ends, in a file too
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # a line is to be seen when its round ends
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -371,87 +710,88 @@ def local_train(rank, args):
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    train, held_out, global_held_out, num_rows = load_client_data(rank, args)
-    rows = [None] * args.world_size
-    dist.all_gather_object(rows, num_rows)  # all ranks participate
+    data = load_client_data(rank, args)
     model = load_model(args, device)
-    trainer = build_trainer(rank, args, device, model, tokenizer, train)
+    trainer = build_trainer(rank, args, device, model, tokenizer, data)
+    rounds = FederatedRounds(rank, args, trainer, data)
     if rank == 0:
-        print_header(args, model, rows, global_held_out)
+        shared = sum(parameter.numel() for parameter in rounds.shared(1))
+        report.print_header(args, data, shared, client_bytes(args, rounds))
 
-    questions = global_held_out.select(range(min(ANSWERED_ROWS, len(global_held_out))))
+    questions = data.global_held_out.select(range(min(ANSWERED_ROWS, len(data.global_held_out))))
     summary_path = Path(args.output_dir, "summary.json")
     if args.resume_from:
         summary = json.loads(summary_path.read_text(encoding="utf-8"))
         before = {name: summary[name]["before"] for name in ("exact_match", "f1")}
     else:
-        before = score_answers(model, tokenizer, questions, rank, args)
+        before = score_together(rounds, tokenizer, questions)
         if rank == 0:
             summary = {name: {"before": value} for name, value in before.items()}
             utils.write_aside(summary_path, json.dumps(summary))  # a resumed run has no other way to know
 
-    trainer.add_callback(rounds := FederatedRounds(rank, args, trainer, rows, held_out, global_held_out))
+    trainer.add_callback(rounds)
     checkpoint = args.resume_from and Path(args.resume_from, f"rank_{rank}")
     trainer.train(resume_from_checkpoint=str(next(checkpoint.glob("checkpoint-*"))) if checkpoint else None)
     rounds.bar.close()
-    after = score_answers(model, tokenizer, questions, rank, args)
+    model.peft_config["default"].base_model_name_or_path = args.model_name
+    after = (score_each if rounds.private else score_together)(rounds, tokenizer, questions)
+    if rounds.private:
+        save_client_models(rounds)
     if rank == 0:
-        publish(args, model, tokenizer, rows, {"before": before, "after": after}, len(questions))
+        publish(rounds, tokenizer, {"before": before, "after": after}, len(questions))
     dist.barrier()  # all ranks participate: nobody leaves before the model is on disk
     dist.destroy_process_group()
 
 
-def print_header(args, model, rows, global_held_out):
-    """Print the sizes that a user can check before the first step."""
-    shared = sum(parameter.numel() for parameter in utils.shared_parameters(model))
-    each = f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}"
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    device = f"CPU, {torch.get_num_threads()} thread(s) a rank"
-    if args.num_gpus:
-        device = f"{min(args.num_gpus, args.world_size)} x {torch.cuda.get_device_name()}"
-        device += ", shared by the ranks" if args.num_gpus < args.world_size else ""
-    print(
-        f"{args.model_name}, {'4-bit NF4' if args.load_in_4bit else 'not quantized'}, LoRA r={args.lora_r}\n"
-        f"  clients    {args.world_size}, {each} training rows each; {len(global_held_out)} global held-out rows\n"
-        f"  rounds     {args.num_rounds} x {args.local_steps} local steps x {batch} rows\n"
-        f"  shared     {shared:,} LoRA parameters, {4 * shared / 1e6:.1f} MB per client and round, {args.aggregator}\n"
-        f"  device     {device}, {args.backend}",
-        flush=True,
+def client_bytes(args, rounds):
+    """Return how many bytes of host memory a client needs between its turns."""
+    moments = {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}.get(args.optim, 8) * (args.client_state == "keep")
+    trained = sum(parameter.numel() for parameter in rounds.lora if parameter.requires_grad)
+    private = sum(parameter.numel() for parameter in rounds.private)
+    control = sum(parameter.numel() for parameter in rounds.shared(1)) * args.scaffold
+    return moments * trained + 4 * (private + control)
+
+
+def score_together(rounds, tokenizer, questions):
+    """Return exact match and F1 (percent) of the one model that all ranks have; they share the questions out."""
+    args, own = rounds.args, questions.select(rounds.own_share(questions))
+    gathered = [None] * args.world_size
+    dist.all_gather_object(  # all ranks participate
+        gathered, answer(rounds.model, tokenizer, own, 2 * args.per_device_train_batch_size)
     )
+    return {name: round(value, 2) for name, value in score(pair for part in gathered for pair in part).items()}
 
 
-def publish(args, model, tokenizer, rows, scores, num_questions):
+def score_each(rounds, tokenizer, questions):
+    """Return exact match and F1 (percent), the mean over the models of the clients of the last round."""
+    args, scores, gathered = rounds.args, [], [None] * rounds.args.world_size
+    for client in rounds.data.plan[-1][0][rounds.rank]:
+        rounds.enter(client)
+        scores.append(score(answer(rounds.model, tokenizer, questions, 2 * args.per_device_train_batch_size)))
+    dist.all_gather_object(gathered, scores)  # all ranks participate
+    scores = [score for part in gathered for score in part]
+    return {name: round(sum(score[name] for score in scores) / len(scores), 2) for name in scores[0]}
+
+
+def save_client_models(rounds):
+    """Save the adapter of every client that has trained, into staging; every rank takes part."""
+    for client in sorted({*rounds.records, rounds.current}):
+        rounds.enter(client)
+        rounds.model.save_pretrained(rounds.staging / f"client_{client}", save_embedding_layers=False)
+    dist.barrier()  # all ranks participate: all adapters are there
+
+
+def publish(rounds, tokenizer, scores, num_questions):
     """Write the finished adapter with its tokenizer and card, the figure and the summary; rank 0 alone."""
-    folder = Path(args.output_dir)
-    rounds = utils.read_rounds(folder)
-    evaluated = [entry for entry in rounds if entry["eval_loss"] is not None]
-    summary = {
-        "rounds": len(rounds),
-        "clients": len(rows),
-        "rows": rows,
-        "tokens": sum(entry["tokens"] for entry in rounds),
-        "seconds": {name: round(sum(entry["seconds"][name] for entry in rounds), 2) for name in rounds[0]["seconds"]},
-        "eval_loss": {"first": evaluated[0]["eval_loss"], "last": evaluated[-1]["eval_loss"]},
-        "exact_match": {when: scores[when]["exact_match"] for when in scores},
-        "f1": {when: scores[when]["f1"] for when in scores},
-        "answered": num_questions,
-        "bytes_per_round": rounds[-1]["bytes"],
-        "peak_memory_gb": max(entry["peak_memory_gb"] for entry in rounds),
-    }
-    target, staging = folder / "federated_global_model", folder / "federated_global_model.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    model.peft_config["default"].base_model_name_or_path = args.model_name
-    model.save_pretrained(staging, save_embedding_layers=False)
-    tokenizer.save_pretrained(staging)
-    (staging / "README.md").write_text(utils.model_card(args, summary), encoding="utf-8")
-    utils.plot_losses(folder)
+    args, folder = rounds.args, Path(rounds.args.output_dir)
+    if not rounds.private:
+        rounds.model.save_pretrained(rounds.staging, save_embedding_layers=False)
+    summary = report.summarize(args, rounds.data, scores, num_questions)
+    tokenizer.save_pretrained(rounds.staging)
+    (rounds.staging / "README.md").write_text(report.model_card(args, summary), encoding="utf-8")
+    report.plot_losses(folder)
     utils.write_aside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    target = rounds.staging.with_suffix("")
     shutil.rmtree(target, ignore_errors=True)
-    staging.rename(target)  # last of all: with the model there, the run is finished
-    loss = " -> ".join(f"{entry['eval_loss']:.4f} (round {entry['round']})" for entry in (evaluated[0], evaluated[-1]))
-    print(f"held-out loss  {loss}")
-    for name in ("exact_match", "f1"):
-        before, after = summary[name]["before"], summary[name]["after"]
-        print(f"{name.replace('_', ' '):13}  {before:.1f}% -> {after:.1f}% on {num_questions} held-out questions")
-    base = f'AutoModelForCausalLM.from_pretrained("{args.model_name}")'
-    print(f'use it: PeftModel.from_pretrained({base}, "{target}")', flush=True)
+    rounds.staging.rename(target)  # last of all: with the model there, the run is finished
+    report.print_summary(args, summary, target)

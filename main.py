@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import multiprocessing.forkserver
 import platform
@@ -26,16 +27,21 @@ import tempfile
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 import torch.multiprocessing as mp
 
+import report
 import utils
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED_MODEL, EMBEDDED_DATA = str(ASSETS / "tiny-llama"), str(ASSETS / "sample_squad")
 SCHEDULES = ["cosine", "linear", "constant", "constant_with_warmup"]
 OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
+PARTITIONS = ["iid", "dirichlet", "column", "quantity"]
+SERVER_FLAGS = "server_lr server_momentum server_beta2 server_tau clip_norm trim_fraction num_malicious".split()
 TRACKERS = ["none", "tensorboard", "wandb", "trackio", "mlflow"]
+MAX_CLIENTS = 1000
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 COLUMNS = {"context question answers": "SQuAD", "messages": "chat", "prompt completion": "texts or messages"}
@@ -46,8 +52,8 @@ OMPI_COMM_WORLD_LOCAL_SIZE MV2_COMM_WORLD_RANK MV2_COMM_WORLD_SIZE MV2_COMM_WORL
 ACCELERATE_USE_CPU ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_PARALLELISM_CONFIG
 ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".split()
 NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to timeout backend num_gpus versions".split()
-RUN_FILES = """checkpoints federated_global_model* client_*_loss.json global_eval_loss.json rounds.jsonl loss.png runs
-summary.json config.json""".split()  # what --overwrite removes, config.json last: with it there, the folder is a run's
+RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
+loss.png runs summary.json partition.json config.json""".split()  # what --overwrite removes, config.json last: with it there, the folder is a run's
 
 # -----------------------------------------------------------------------------
 # flags
@@ -61,10 +67,23 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("federation").add_argument
-    add("--world_size", type=positive(int), default=8, help="processes, a client each; best one per GPU")
+    add("--world_size", type=positive(int), default=8, help="processes; best one per GPU")
+    add("--num_clients", type=positive(int), help="the processes play them in turn (default: one each)")
+    add("--clients_per_round", type=positive(int), help="drawn at random for each round (default: all of them)")
     add("--num_rounds", type=positive(int), default=20, help="rounds: local training, then one averaging")
     add("--local_steps", type=positive(int), default=8, help="optimizer steps of each client in a round")
     add("--aggregator", choices=list(utils.AGGREGATORS), default="fedavg", help="averaging strategy, see utils.py")
+    add("--client_state", choices=["keep", "reset"], default="keep", help="AdamW's moments of a client after its turn")
+    add("--prox_mu", type=not_negative, default=0, help="FedProx: pull of the round's start on each local step")
+    add("--scaffold", action="store_true", help="SCAFFOLD: correct local gradients by the mean of all clients'")
+    add = parser.add_argument_group("server (default: the strategy's own, see utils.py)").add_argument
+    add("--server_lr", type=positive(float), help="step of fedavgm, diloco, fedadagrad, fedadam, fedyogi")
+    add("--server_momentum", type=fraction, help="momentum of these, beta 1 of the last three")
+    add("--server_beta2", type=fraction, help="of fedadam and fedyogi: how long they remember squared updates")
+    add("--server_tau", type=positive(float), help="of fedadagrad, fedadam, fedyogi: added to the root of these")
+    add("--clip_norm", type=positive(float), help="of norm_clip: longest update")
+    add("--trim_fraction", type=fraction, help="of trimmed_mean: share of clients to cut at either end")
+    add("--num_malicious", type=not_negative_int, help="of krum: clients that may lie")
     add = parser.add_argument_group("model").add_argument
     add("--model_name", default=EMBEDDED_MODEL, help="folder, or id on the Hugging Face hub")
     add("--hf_token", help="token for gated models; better set HF_TOKEN: other users can see a command line")
@@ -72,9 +91,13 @@ def parse_args(argv=None):
     add("--lora_r", type=positive(int), default=16, help="rank of the adapter")
     add("--lora_alpha", type=positive(float), default=32, help="the adapter counts lora_alpha / lora_r times")
     add("--lora_dropout", type=fraction, default=0.0, help="dropout in front of the adapter")
+    add("--lora_variant", choices=list(utils.LORA_VARIANTS), default="lora", help="what is trained and what is shared")
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", default=EMBEDDED_DATA, help="json, jsonl, csv or parquet file, folder, or id on the hub")
     add("--max_length", type=positive(int), default=1024, help="tokens of a row; longer rows are cut at the end")
+    add("--partition", choices=PARTITIONS, default="iid", help="how the rows are dealt out to the clients")
+    add("--partition_column", help="of dirichlet and column: whose values tell clients apart (default: label)")
+    add("--dirichlet_alpha", type=positive(float), default=0.5, help="the smaller, the less alike the clients")
     add = parser.add_argument_group("local training").add_argument
     add("--per_device_train_batch_size", type=positive(int), default=4, help="rows of a client in one forward pass")
     add("--gradient_accumulation_steps", type=positive(int), default=1, help="forward passes in an optimizer step")
@@ -105,12 +128,54 @@ def parse_args(argv=None):
     args.optim = args.optim or ("paged_adamw_32bit" if args.num_gpus else "adamw_torch")
     args.eval_rounds = args.eval_rounds or max(1, args.num_rounds // 5)
     args.save_rounds = args.save_rounds or max(1, args.num_rounds // 10)
-    args.backend = args.backend or ("nccl" if args.num_gpus >= args.world_size else "gloo")
-    if args.backend == "nccl" and args.num_gpus < args.world_size:
-        fail(f"--backend nccl: {args.num_gpus} GPUs for {args.world_size} ranks; leave it out: over gloo they share")
+    check_strategy(args)
+    if args.partition == "column" and not args.partition_column:
+        fail("--partition column makes a client of each value in a column: name it with --partition_column")
+    if args.partition != "column":  # which finds its clients in the data
+        set_clients(args, args.num_clients or args.world_size)
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
     return args
+
+
+def set_clients(args, num_clients):
+    """Fill in how many clients there are, how many in a round, and what follows from that; no idle ranks."""
+    if (args.num_clients or num_clients) != num_clients:
+        fail(f"--num_clients {args.num_clients}: {args.partition_column} has {num_clients} values; leave it out")
+    if num_clients > MAX_CLIENTS:
+        fail(f"{num_clients} clients: at most {MAX_CLIENTS} are possible")
+    if (args.clients_per_round or 1) > num_clients:
+        fail(f"--clients_per_round {args.clients_per_round}: there are only {num_clients} clients")
+    args.num_clients, args.clients_per_round = num_clients, args.clients_per_round or num_clients
+    drawn, cut = args.clients_per_round, int((args.trim_fraction or 0) * args.clients_per_round)
+    if drawn <= 2 * cut:
+        fail(f"--trim_fraction {args.trim_fraction} of {drawn} clients at either end leaves none; lower it")
+    if args.aggregator == "krum" and drawn < 2 * args.num_malicious + 3:
+        needed = 2 * args.num_malicious + 3
+        fail(f"--aggregator krum needs {needed} clients a round for --num_malicious {args.num_malicious}, not {drawn}")
+    args.world_size = min(args.world_size, drawn)
+    args.backend = args.backend or ("nccl" if args.num_gpus >= args.world_size else "gloo")
+    if args.backend == "nccl" and args.num_gpus < args.world_size:
+        fail(f"--backend nccl: {args.num_gpus} GPUs for {args.world_size} ranks; leave it out: over gloo they share")
+
+
+def check_strategy(args):
+    """Refuse what does not go together, and fill in the strategy's own settings."""
+    function, name, variant = utils.AGGREGATORS[args.aggregator], args.aggregator, args.lora_variant
+    own = {name: value.default for name, value in inspect.signature(function).parameters.items()}
+    for flag in SERVER_FLAGS:
+        if getattr(args, flag) is None:
+            setattr(args, flag, own.get(flag))
+        elif flag not in own:
+            fail(f"--{flag} is not a setting of --aggregator {name}; leave it out")
+    if name == "svd" and variant != "lora":
+        fail(f"--aggregator svd averages whole products B A, and --lora_variant {variant} shares only a half of them")
+    if name == "krum" and variant == "fedsa":
+        fail("--aggregator krum picks the model of one client, and --lora_variant fedsa shares only a half of it")
+    if name == "none" and (variant in ("rolora", "fedsa") or args.scaffold or args.prox_mu):
+        fail("--aggregator none shares nothing; leave out --lora_variant, --scaffold and --prox_mu")
+    if args.scaffold and variant == "rolora":
+        fail("--scaffold needs the same parameters in every round; leave out --lora_variant rolora")
 
 
 def absolute(name):
@@ -130,6 +195,12 @@ def positive(kind):
 
 def not_negative(text):
     return float(text) if float(text) == 0 else positive(float)(text)
+
+
+def not_negative_int(text):
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
 
 
 def fraction(text):
@@ -174,10 +245,7 @@ def locked_output_dir(folder):
 
 
 def check_output_dir(args):
-    """Make sure that `output_dir` holds no run but the one to resume; removes nothing.
-
-    Returns the newest complete checkpoint of the run to resume, None where a run starts from the beginning.
-    """
+    """Make sure that `output_dir` holds no run but the one to resume; removes nothing."""
     folder = Path(args.output_dir)
     if not (folder / "config.json").exists():
         if args.resume:
@@ -186,29 +254,38 @@ def check_output_dir(args):
         fail(
             f"{folder} already holds a run: --resume continues it, --overwrite removes it, or name another --output_dir"
         )
+
+
+def find_checkpoint(args):
+    """Return the newest complete checkpoint of the run to resume, None where a run starts from the beginning."""
     if not args.resume:
         return None
+    folder = Path(args.output_dir)
     earlier, config = json.loads((folder / "config.json").read_text(encoding="utf-8")), resolved_config(args)
     if changed := [key for key in config if key not in NOT_MATHEMATICS and config[key] != earlier.get(key)]:
         changes = ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed)
         fail(f"--resume: the run in {folder} was started with {changes}")
     newest = max(folder.glob("checkpoints/round_*"), default=None)
     last_round = round_of(newest)
-    if last_round == args.num_rounds and (folder / "federated_global_model").exists():
+    if last_round == args.num_rounds and any(
+        (folder / name).exists() for name in (utils.GLOBAL_MODEL, utils.CLIENT_MODELS)
+    ):
         print(f"nothing to do: the run in {folder} is finished")
         raise SystemExit(0)
     print(f"resuming after round {last_round} of {args.num_rounds}", flush=True)
     return newest
 
 
-def open_output_dir(args, resume_from):
-    """Remove what an overwritten run left, or what a resumed one left behind its last checkpoint; write config.json."""
+def open_output_dir(args, resume_from, partition):
+    """Remove what an overwritten run left, or what a resumed one left behind its last checkpoint; write what is known
+    before a run: config.json and partition.json."""
     folder = Path(args.output_dir)
     for path in (path for pattern in RUN_FILES if args.overwrite for path in folder.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.rmtree(folder / "checkpoints" / ("staging" if resume_from else ""), ignore_errors=True)
     if args.resume:
         utils.cut_back_logs(folder, round_of(resume_from))
+    utils.write_aside(folder / "partition.json", json.dumps(partition) + "\n")
     utils.write_aside(folder / "config.json", json.dumps(resolved_config(args), indent=2) + "\n")
 
 
@@ -292,15 +369,26 @@ def find_rows(args):
         if not any(set(columns.split()) <= set(part.column_names) for columns in COLUMNS):
             forms = ", or ".join(f"{columns.replace(' ', ', ')} ({kind})" for columns, kind in COLUMNS.items())
             fail(f"--dataset_path {path}: needs the columns {forms}; found {', '.join(part.column_names)}")
-    needed, size = needed_rows(args.world_size, bool(held_out)), args.world_size
+    if args.partition == "dirichlet" and not args.partition_column:
+        args.partition_column = "label"
+    if args.partition_column and args.partition_column not in rows.column_names:
+        found = ", ".join(rows.column_names)
+        fail(f"--partition_column: the training rows have no column {args.partition_column}; found {found}")
+    if args.partition == "column":
+        set_clients(args, len(set(map(str, rows[args.partition_column]))))
+    needed, size = needed_rows(args.num_clients, bool(held_out)), args.num_clients
     if len(rows) < needed:
-        fail(f"--dataset_path {path}: {len(rows)} training rows, {size} clients need {needed}; lower --world_size")
+        fail(f"--dataset_path {path}: {len(rows)} training rows, {size} clients need {needed}; lower --num_clients")
     return rows, held_out
 
 
 def prepare_data(args, rows, held_out, tokenizer, folder):
-    """Tokenize all rows, once for all ranks, into `folder`; count what was cut, drop rows left without an answer."""
+    """Tokenize all rows, once for all ranks, into `folder`, and deal them out to the clients.
+
+    Counts what was cut, and drops rows that are left without an answer. Returns the content of partition.json.
+    """
     splits = {"train": rows} | ({"held_out": held_out} if held_out else {})
+    kept = {}  # the numbers of the rows that are left
     for name, split in splits.items():
         if tokenizer.chat_template is None and not isinstance(split[0].get("prompt"), str):
             fail(f"--model_name {args.model_name} has no chat template; name an instruct model, or use prompt texts")
@@ -322,17 +410,50 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
                 flush=True,
             )
         splits[name] = tokens.select(answered)
-    if len(splits["train"]) < needed_rows(args.world_size, bool(held_out)) or not all(map(len, splits.values())):
+        kept[name] = answered
+    if len(splits["train"]) < needed_rows(args.num_clients, bool(held_out)) or not all(map(len, splits.values())):
         fail(
             f"--max_length {args.max_length} cuts off too many answers: {len(splits['train'])} rows are left; raise it"
         )
     datasets.disable_progress_bars()
     datasets.DatasetDict(splits).save_to_disk(f"{folder}/data")
 
+    labels = rows.select(kept["train"])[args.partition_column] if args.partition_column else None
+    parts, global_part = deal_rows(args, len(splits["train"]), bool(held_out), labels)
+    split = {"clients": [part.tolist() for part in parts], "held_out": global_part.tolist()}
+    Path(folder, "data", "parts.json").write_text(json.dumps(split), encoding="utf-8")
+    return report.partition_record(args, parts, global_part, kept["train"], labels)
 
-def needed_rows(world_size, has_held_out):
+
+def deal_rows(args, num_rows, has_held_out, labels):
+    """Return the rows of every client, and the global held-out rows that are taken from the training rows.
+
+    `labels` are the values of --partition_column, one per row, or None.
+    """
+    parts = utils.split_evenly(num_rows, args.num_clients + (not has_held_out), args.seed)
+    global_part = np.array([], dtype=int) if has_held_out else parts.pop()
+    parts = utils.partition_rows(
+        np.concatenate(parts), args.num_clients, args.partition, labels, args.dirichlet_alpha, args.seed
+    )
+    ways = {
+        "dirichlet": "raise --dirichlet_alpha, lower --num_clients, or try another --seed",
+        "column": "drop the rows of that value, or name another --partition_column",
+    }
+    if len(parts) < args.num_clients:
+        fail(f"--partition column: no row of one of the {args.num_clients} clients is left; raise --max_length")
+    for k, part in enumerate(parts):
+        if len(part) < 2:
+            name = f" ({labels[part[0]]})" if args.partition == "column" else ""
+            fail(
+                f"--partition {args.partition}: client {k}{name} gets {len(part)} row(s), and needs 2, one of them to "
+                f"hold out; {ways.get(args.partition, 'lower --num_clients')}"
+            )
+    return parts, global_part
+
+
+def needed_rows(num_clients, has_held_out):
     """Return the least number of training rows: every client needs one to train on and one to hold out."""
-    return 2 * (world_size + (not has_held_out))
+    return 2 * (num_clients + (not has_held_out))
 
 
 # -----------------------------------------------------------------------------
@@ -360,13 +481,19 @@ def start_imports():
 
 
 def launch(target, args):
-    """Run `target(rank, args)` in one process per rank, until all have ended; exit code 1 when one of them fails."""
+    """Run `target(rank, args)` in one process per rank, until all have ended; exit code 1 when one of them fails.
+
+    Exit code 3 when the ranks have found that they would not be federated.
+    """
     try:
         if args.num_gpus:
             mp.spawn(target, args=(args,), nprocs=args.world_size)
         else:  # the same, from a process that has imported everything: 6.5 CPU-seconds and 490 MB less a rank
             mp.start_processes(target, args=(args,), nprocs=args.world_size, start_method="forkserver")
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        if getattr(error, "exit_code", None) == 3:
+            print("main.py: a self-check failed, see the line with the cross; this would not be federated learning")
+            raise SystemExit(3) from None
         print(f"main.py: a rank failed; --resume continues from the last checkpoint\n{error}", file=sys.stderr)
         raise SystemExit(1) from None
 
@@ -378,16 +505,18 @@ def main(argv=None, target=run_rank):
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with locked_output_dir(Path(args.output_dir)):
-        resume_from = check_output_dir(args)
+        check_output_dir(args)
         if not args.num_gpus:
             start_imports()
         rows, held_out = find_rows(args)
+        resume_from = find_checkpoint(args)
         model_path, tokenizer = find_model(args)
         for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:
-            prepare_data(args, rows, held_out, tokenizer, folder)
-            open_output_dir(args, resume_from)
+            partition = prepare_data(args, rows, held_out, tokenizer, folder)
+            open_output_dir(args, resume_from, partition)
+            print(report.partition_table(partition), flush=True)
             args.hf_token = None  # the ranks read from this disk only
             args.model_path, args.resume_from = model_path, resume_from
             args.data_path, args.store_path = f"{folder}/data", f"{folder}/store"

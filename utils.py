@@ -12,6 +12,16 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from jinja2 import TemplateError
 
 INSTRUCTION = "Answer the question with words copied from the context. If the answer is not there, say unanswerable."
+GLOBAL_MODEL, CLIENT_MODELS = "federated_global_model", "client_models"  # folders of what a run has trained
+# --lora_variant: which tensors a client trains and which of them it shares, by a part of their names, in one round after
+# another. ffa: FFA-LoRA, Sun et al. 2024 (arXiv:2403.12313). rolora: RoLoRA, Chen et al. 2024 (arXiv:2409.02346).
+# fedsa: FedSA-LoRA, Guo et al. 2024 (arXiv:2410.01463).
+LORA_VARIANTS = {
+    "lora": [("lora_", "lora_")],
+    "ffa": [("lora_B", "lora_B")],
+    "rolora": [("lora_B", "lora_B"), ("lora_A", "lora_A")],
+    "fedsa": [("lora_", "lora_A")],
+}
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UNANSWERABLE = "unanswerable"
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first of these that a dataset has
@@ -113,10 +123,41 @@ def tokenize_row(row, tokenizer, max_length):
 def partition_dataset(dataset, rank, world_size, seed=42):
     """Return part `rank` of `world_size`: shuffled by `seed`, disjoint, sizes at most one row apart, no row left out.
 
-    Where a dataset has no held-out split, clients take parts 0 to N-1 of N+1 and part N is the global held-out set.
+    Where a dataset has no held-out split, clients share parts 0 to N-1 of N+1 and part N is the global held-out set.
     """
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    return dataset.select(np.array_split(order, world_size)[rank])
+    return dataset.select(split_evenly(len(dataset), world_size, seed)[rank])
+
+
+def split_evenly(num_rows, num_parts, seed):
+    """Return the rows of each part, shuffled; sizes are at most one apart."""
+    return np.array_split(np.random.default_rng(seed).permutation(num_rows), num_parts)
+
+
+def partition_rows(rows, num_clients, kind="iid", values=None, alpha=0.5, seed=42):
+    """Deal `rows` (an array of row numbers, shuffled) out to clients: a list of arrays, in which every row is once.
+
+    iid        sizes at most one apart, as in `partition_dataset`
+    quantity   two rows each, and the rest by a power law: client k gets a share proportional to 1 / (k + 1)
+    column     one client per value in `values` (one per row), in the order of `sorted`
+    dirichlet  the rows of each value go to the clients in shares drawn from Dirichlet(alpha): below 1 a client sees
+               few values, above 10 it is nearly iid. Hsu et al. 2019 (arXiv:1909.06335), as in Li et al. 2021
+               (arXiv:2102.02079), which draw it per label.
+    """
+    if kind == "iid":
+        return np.array_split(rows, num_clients)
+    if kind == "quantity":
+        shares = 1 / np.arange(1, num_clients + 1)
+        sizes = 2 + shares / shares.sum() * (len(rows) - 2 * num_clients)
+        return np.split(rows, np.rint(sizes.cumsum()).astype(int)[:-1])
+    values = np.asarray(values, dtype=str)[rows]
+    groups = [rows[values == value] for value in np.unique(values)]
+    if kind == "column":
+        return groups
+    rng, parts = np.random.default_rng(seed), []
+    for group in groups:
+        shares = rng.dirichlet(np.full(num_clients, alpha))
+        parts.append(np.split(group, np.rint(shares.cumsum() * len(group)).astype(int)[:-1]))
+    return [rng.permutation(np.concatenate(part)) for part in zip(*parts)]
 
 
 def schedule_rows(num_rows, total, seed):
@@ -127,6 +168,32 @@ def schedule_rows(num_rows, total, seed):
     rng = np.random.default_rng(seed)
     epochs = [rng.permutation(num_rows) for _ in range(-(-total // num_rows))]
     return np.concatenate(epochs)[:total]
+
+
+def plan_rounds(num_clients, clients_per_round, num_rounds, world_size, seed):
+    """Draw the clients of every round, and deal them out to the ranks; the draw does not depend on `world_size`.
+
+    Returns one (shares, moves) per round: shares[rank] is the list of the clients that `rank` plays one after the
+    other, at most one more or less than another rank; moves lists (client, from rank, to rank) of those that were
+    played before by another rank, whose state has to travel. A client stays with its rank where there is room.
+    """
+    holder, plan = {}, []
+    for number in range(1, num_rounds + 1):
+        drawn = np.random.default_rng([seed, number]).choice(num_clients, clients_per_round, replace=False)
+        sizes = [len(part) for part in np.array_split(drawn, world_size)]
+        shares, others, moves = [[] for _ in sizes], [], []
+        for client in sorted(drawn.tolist()):
+            home = holder.get(client)
+            room = home is not None and len(shares[home]) < sizes[home]
+            (shares[home] if room else others).append(client)
+        for client in others:
+            rank = next(rank for rank, share in enumerate(shares) if len(share) < sizes[rank])
+            shares[rank].append(client)
+            if client in holder:
+                moves.append((client, holder[client], rank))
+            holder[client] = rank
+        plan.append((shares, moves))
+    return plan
 
 
 # -----------------------------------------------------------------------------
@@ -157,53 +224,72 @@ def cut_back_logs(output_dir, last_round):
     """Drop what the logs say of rounds after `last_round`, so that a resumed run logs no round twice."""
     rounds = [entry for entry in read_rounds(output_dir) if entry["round"] <= last_round]
     write_aside(Path(output_dir, "rounds.jsonl"), "".join(json.dumps(entry) + "\n" for entry in rounds))
-    evaluated = sum(entry["eval_loss"] is not None for entry in rounds)
-    for path in [*Path(output_dir).glob("client_*_loss.json"), *Path(output_dir).glob("global_eval_loss.json")]:
-        keep = last_round if path.name.endswith("train_loss.json") else evaluated
+    evaluated = [entry for entry in rounds if entry["eval_loss"] is not None]
+    for path in Path(output_dir).glob("client_*_loss.json"):
+        logged = rounds if path.name.endswith("train_loss.json") else evaluated
+        keep = sum(int(path.name.split("_")[1]) in entry["clients"] for entry in logged)
         write_aside(path, json.dumps(json.loads(path.read_text(encoding="utf-8"))[:keep]))
-
-
-def plot_losses(output_dir):
-    """Draw `loss.png`: the loss of every client in training, and the global held-out loss, over the rounds."""
-    from matplotlib.figure import Figure  # half a second that only one process has to pay
-
-    rounds = read_rounds(output_dir)
-    axes = Figure(figsize=(7, 4), layout="constrained", dpi=150).subplots()
-    for path in sorted(Path(output_dir).glob("client_*_train_loss.json")):
-        losses = json.loads(path.read_text(encoding="utf-8"))
-        axes.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8)
-    axes.plot([], [], color="0.75", label="clients, training")
-    for name, style, color, label in (
-        ("train_loss", "-", "#0072B2", "mean of the clients, training"),
-        ("eval_loss", "o-", "#D55E00", "global, held out"),
-    ):
-        points = [(entry["round"], entry[name]) for entry in rounds if entry[name] is not None]
-        axes.plot(*zip(*points), style, color=color, label=label)
-    axes.set(xlabel="round", ylabel="loss (nats per answer token)", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    axes.figure.savefig(Path(output_dir, "loss.png"))
+    if (path := Path(output_dir, "global_eval_loss.json")).exists():
+        write_aside(path, json.dumps(json.loads(path.read_text(encoding="utf-8"))[: len(evaluated)]))
 
 
 # -----------------------------------------------------------------------------
 # averaging: EDIT HERE
 #
-# A strategy is a function (update, weight, state) -> update.
+# A strategy is a function (update, weight, state) -> update, named in AGGREGATORS; run it with --aggregator NAME.
 #   update  float32 (P,): how far this client's shared LoRA parameters moved since the round began
 #   weight  float: the number of rows this client trains on
-#   state   dict that lives as long as the run and is saved with it, for momentum and the like
-# It returns the update that every client applies, the same on all of them. Every client calls it, and the only way to
-# the others is `sum_over_clients`. Add your function to AGGREGATORS and run it with --aggregator NAME.
+#   state   dict that lives as long as the run and is saved with it, for momentum and the like; in it are always
+#           `start` (P,), the shared parameters as the round began, and `shapes`, those of their tensors, in order
+# Further arguments are flags of main.py by the same name (--server_lr), and their defaults are the strategy's own.
+#
+# Every client calls it once a round, and tells the others what it has to tell in one call of `sum_over_clients` or
+# `gather_shards`: that is what it sends. What follows the call is the server's part, with the same result on every
+# rank, and `state` is the server's: change it there only. Where one rank plays several clients, the calls of all but
+# the last end as they send (by `Sent`), and the last goes on for them; so a rank holds one update, not one per client.
 
 
 def sum_over_clients(*terms):
-    """Sum each of `terms` (tensors or numbers) over the clients, all in one all-reduce; every rank takes part."""
-    terms = [torch.as_tensor(term, dtype=torch.float32) for term in terms]
-    flat = torch.cat([term.reshape(-1).to(communication_device()) for term in terms])
-    dist.all_reduce(flat)  # all ranks participate
-    sums = [part.view_as(term) for part, term in zip(flat.split([term.numel() for term in terms]), terms)]
-    return sums if len(sums) > 1 else sums[0]
+    """Return the sums of `terms` (tensors or numbers) over the clients of the round, as float32 tensors.
+
+    All of them in one all-reduce, in which every rank takes part. Summed in float64, which makes it irrelevant who
+    comes first, and so which rank plays which client.
+    """
+    terms = [torch.as_tensor(term) for term in terms]
+    sizes = [term.numel() for term in terms]
+    sums = outbox.pop("sums", None)
+    if sums is None:
+        sums = torch.zeros(sum(sizes), dtype=torch.float64, device=communication_device())
+    for part, term in zip(sums.split(sizes), terms):
+        part += term.reshape(-1).to(sums.device)
+    if not outbox["last"]:
+        outbox["sums"] = sums
+        raise Sent
+    dist.all_reduce(sums)  # all ranks participate
+    results = [part.float().view_as(term) for part, term in zip(sums.split(sizes), terms)]
+    return results if len(results) > 1 else results[0]
+
+
+def gather_shards(update, weight, sizes=None):
+    """Return (values, weights): what this rank looks after of every client's update, in the order of the clients.
+
+    Values is float32 (clients, C), weights float64 (clients,). Each rank has a 1/world_size of the coordinates, or
+    sizes[rank] of them, so that nobody has all of all clients; `join_shards` is the way back. Every rank takes part.
+    """
+    outbox.setdefault("updates", []).append((outbox["client"], weight, update))
+    if not outbox["last"]:
+        raise Sent
+    return exchange(outbox.pop("updates"), sizes or even_sizes(update.numel()))
+
+
+def join_shards(values, sizes):
+    """Return the vector (P,) of which every rank has sizes[rank] coordinates; every rank takes part."""
+    flat = values.new_empty(sum(sizes), dtype=torch.float32)
+    parts = flat.split(sizes)
+    parts[dist.get_rank()].copy_(values)
+    for work in [dist.broadcast(part, src=rank, async_op=True) for rank, part in enumerate(parts) if len(part)]:
+        work.wait()  # all ranks participate
+    return flat
 
 
 def fedavg(update, weight, state):
@@ -212,11 +298,127 @@ def fedavg(update, weight, state):
     return total / weights
 
 
-AGGREGATORS = {"fedavg": fedavg}
+def fedavgm(update, weight, state, server_lr=1.0, server_momentum=0.9):
+    """FedAvg with server momentum. FedAvgM, Hsu et al. 2019 (arXiv:1909.06335)."""
+    state["momentum"] = fedavg(update, weight, state) + server_momentum * state.get("momentum", 0)
+    return server_lr * state["momentum"]
+
+
+def diloco(update, weight, state, server_lr=0.7, server_momentum=0.9):
+    """Nesterov momentum as the outer optimizer. DiLoCo, Douillard et al. 2023 (arXiv:2311.08105)."""
+    average = fedavg(update, weight, state)
+    state["momentum"] = average + server_momentum * state.get("momentum", 0)
+    return server_lr * (average + server_momentum * state["momentum"])
+
+
+def fedadagrad(update, weight, state, server_lr=1e-2, server_momentum=0.0, server_tau=1e-3):
+    """Adagrad on the server. FedAdagrad, Reddi et al. 2021 (arXiv:2003.00295)."""
+    average = fedavg(update, weight, state)
+    state["second"] = state.get("second", server_tau**2) + average**2
+    return adaptive_step(average, state, server_lr, server_momentum, server_tau)
+
+
+def fedadam(update, weight, state, server_lr=1e-2, server_momentum=0.9, server_beta2=0.99, server_tau=1e-3):
+    """Adam on the server, without bias correction. FedAdam, Reddi et al. 2021 (arXiv:2003.00295)."""
+    average = fedavg(update, weight, state)
+    state["second"] = server_beta2 * state.get("second", server_tau**2) + (1 - server_beta2) * average**2
+    return adaptive_step(average, state, server_lr, server_momentum, server_tau)
+
+
+def fedyogi(update, weight, state, server_lr=1e-2, server_momentum=0.9, server_beta2=0.99, server_tau=1e-3):
+    """Yogi on the server. FedYogi, Reddi et al. 2021 (arXiv:2003.00295)."""
+    average = fedavg(update, weight, state)
+    second = state.get("second", torch.full_like(average, server_tau**2))
+    state["second"] = second - (1 - server_beta2) * average**2 * torch.sign(second - average**2)
+    return adaptive_step(average, state, server_lr, server_momentum, server_tau)
+
+
+def adaptive_step(average, state, server_lr, server_momentum, server_tau):
+    state["first"] = server_momentum * state.get("first", 0) + (1 - server_momentum) * average
+    return server_lr * state["first"] / (state["second"].sqrt() + server_tau)
+
+
+def norm_clip(update, weight, state, clip_norm=1.0):
+    """FedAvg of updates that are scaled down to a norm of at most `clip_norm`. Sun et al. 2019 (arXiv:1911.07963)."""
+    return fedavg(update * min(1.0, clip_norm / max(torch.linalg.vector_norm(update).item(), 1e-12)), weight, state)
+
+
+def median(update, weight, state):
+    """Median of each coordinate, unweighted. Yin et al. 2018 (arXiv:1803.01498)."""
+    values, _ = gather_shards(update, weight)
+    n = len(values)
+    middle = by_coordinate(lambda ordered: (ordered[(n - 1) // 2] + ordered[n // 2]) / 2, values)
+    return join_shards(middle, even_sizes(len(update)))
+
+
+def trimmed_mean(update, weight, state, trim_fraction=0.2):
+    """Mean of each coordinate, unweighted, without the highest and the lowest. Yin et al. 2018 (arXiv:1803.01498).
+
+    Of n clients, int(trim_fraction * n) are cut at either end.
+    """
+    values, _ = gather_shards(update, weight)
+    cut = int(trim_fraction * len(values))
+    mean = by_coordinate(lambda ordered: ordered[cut : len(ordered) - cut].mean(0), values)
+    return join_shards(mean, even_sizes(len(update)))
+
+
+def krum(update, weight, state, num_malicious=1):
+    """The one update that is nearest to its n - num_malicious - 2 nearest. Krum, Blanchard et al. 2017 (1703.02757)."""
+    values, _ = gather_shards(update, weight)
+    gram = sum(block.double() @ block.double().T for block in values.split(BLOCK, dim=1))
+    dist.all_reduce(gram)  # all ranks participate
+    squares = (gram.diag()[:, None] + gram.diag() - 2 * gram).sort(dim=1).values  # column 0: of each to itself
+    chosen = squares[:, 1 : len(gram) - num_malicious - 1].sum(dim=1).argmin()
+    return join_shards(values[chosen], even_sizes(len(update)))
+
+
+def svd(update, weight, state):
+    """Average the products B A instead of B and A, and project the result to rank r. FlexLoRA, Bai et al. 2024
+    (arXiv:2402.11505), by QR of the stacked factors and an SVD of the small core; B A itself is never formed.
+
+    Each rank does this for some of the layers. Of the factors with that product, take those nearest to the mean ones:
+    A with orthogonal rows as long as before, and turned so that AdamW's moments still fit.
+    """
+    layers, sizes = deal_layers(state["shapes"])
+    values, weights = gather_shards(state["start"] + update, weight, sizes)
+    factors = [
+        factor.reshape(-1)
+        for a, b in layer_factors(values, layers[dist.get_rank()])
+        for factor in project_product(a, b, weights / weights.sum())
+    ]
+    return join_shards(torch.cat(factors) if factors else values.new_empty(0), sizes) - state["start"]
+
+
+def none(update, weight, state):
+    """No averaging: every client trains alone, and shares nothing."""
+    return update
+
+
+AGGREGATORS = {
+    "fedavg": fedavg,
+    "fedavgm": fedavgm,
+    "diloco": diloco,
+    "fedadagrad": fedadagrad,
+    "fedadam": fedadam,
+    "fedyogi": fedyogi,
+    "norm_clip": norm_clip,
+    "median": median,
+    "trimmed_mean": trimmed_mean,
+    "krum": krum,
+    "svd": svd,
+    "none": none,
+}
 
 # end of EDIT HERE
 # -----------------------------------------------------------------------------
-# applying the average to a model
+# what the strategies are made of
+
+outbox = {"client": 0, "last": True}  # who is sending, whether this rank has no more clients in the round, and its mail
+BLOCK = 2**16  # coordinates that are sorted at a time
+
+
+class Sent(Exception):
+    """Ends the strategy of a client that has sent, where its rank has more clients to play in the round."""
 
 
 def communication_device():
@@ -224,73 +426,141 @@ def communication_device():
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def shared_parameters(model):
-    """Return the parameters that clients share, in the model's order: the trainable ones, which are LoRA's A and B."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def even_sizes(total):
+    """Return how many of `total` coordinates each rank looks after."""
+    size, rest = divmod(total, dist.get_world_size())
+    return [size + (rank < rest) for rank in range(dist.get_world_size())]
 
 
-def flatten_parameters(model):
-    """Copy the shared parameters into one float32 vector (P,) on the device of the collectives."""
-    flat = torch.cat([parameter.detach().float().reshape(-1) for parameter in shared_parameters(model)])
-    return flat.to(communication_device())
+def exchange(updates, sizes):
+    """Give every rank its shard of all clients' vectors, by one all-to-all, in which every rank takes part.
 
-
-def unflatten_parameters(model, flat):
-    """Copy a vector (P,) back into the shared parameters."""
-    parameters = shared_parameters(model)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        parameter.data.copy_(part.view_as(parameter))
-
-
-def federated_average(model, world_size, start=None, weight=1.0, aggregate=fedavg, state=None):
-    """Replace the LoRA parameters of every client by their average; every rank takes part.
-
-    With the first two arguments only this is the plain mean, by one all-reduce. `start` (P,) is the vector from which
-    all clients began the round, `weight` this client's rows, `aggregate` a strategy (see EDIT HERE), `state` its dict.
-    Returns (parameters, update, distance): the new vector (P,), the averaged update (P,), and how far this client's
-    own update was from it (Euclidean norm).
+    `updates` holds (client, weight, vector) of this rank's clients, the vectors float32 (P,). Returns (values, weights)
+    as `gather_shards` does: rank r gets the r-th stretch, sizes[r] long, of each vector.
     """
-    local = flatten_parameters(model)
-    start = torch.zeros_like(local) if start is None else start
-    update = aggregate(local - start, weight, {} if state is None else state)
-    distance = torch.linalg.vector_norm(local - start - update).item() if world_size > 1 else 0.0
-    parameters = start + update
-    unflatten_parameters(model, parameters)
-    return parameters, update, distance
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [(client, weight) for client, weight, _ in updates])  # all ranks participate
+    mine, vectors = sizes[dist.get_rank()], [vector for _, _, vector in updates]
+    sent = (
+        vectors[0]
+        if len(vectors) == 1
+        else torch.cat([v for part in zip(*(v.split(sizes) for v in vectors)) for v in part])
+    )
+    received = sent.new_empty(sum(map(len, everyone)) * mine)
+    dist.all_to_all_single(  # all ranks participate
+        received, sent, [len(part) * mine for part in everyone], [len(updates) * size for size in sizes]
+    )
+    clients, weights = zip(*(pair for part in everyone for pair in part))
+    values, weights = received.view(len(clients), mine), torch.tensor(weights, dtype=torch.float64)
+    order = sorted(range(len(clients)), key=clients.__getitem__)
+    if order != list(range(len(clients))):
+        values, weights = values[order], weights[order]
+    return values, weights.to(values.device)
+
+
+def by_coordinate(function, values):
+    """Apply `function` (clients, block) -> (block,) to `values` (clients, C), sorted by size within each coordinate."""
+    return torch.cat([function(block.sort(dim=0).values) for block in values.split(BLOCK, dim=1)])
+
+
+def deal_layers(shapes):
+    """Deal the LoRA pairs out to the ranks: (layers, sizes), each rank's list of (A's, B's shape), and its numbers."""
+    pairs = list(zip(shapes[::2], shapes[1::2]))  # A (r, k) comes before B (d, r)
+    layers = [[pairs[i] for i in part] for part in np.array_split(np.arange(len(pairs)), dist.get_world_size())]
+    return layers, [sum(a.numel() + b.numel() for a, b in part) for part in layers]
+
+
+def layer_factors(values, layers):
+    """Yield A (clients, r, k) and B (clients, d, r) of each layer in `values` (clients, C)."""
+    for a, b in layers:
+        yield values[:, : a.numel()].view(-1, *a), values[:, a.numel() : a.numel() + b.numel()].view(-1, *b)
+        values = values[:, a.numel() + b.numel() :]
+
+
+def project_product(a, b, weights):
+    """Return the factors (r, k) and (d, r) of the best rank-r approximation of the weighted sum of the b[i] @ a[i]."""
+    a, b, (n, r, k) = a.double(), b.double(), a.shape
+    weighted = weights[:, None, None] * a
+    left_q, left_r = torch.linalg.qr(b.transpose(0, 1).reshape(-1, n * r))
+    right_q, right_r = torch.linalg.qr(weighted.reshape(n * r, k).T)
+    u, s, v = torch.linalg.svd(left_r @ right_r.T)
+    new_b, new_a = left_q @ u[:, : len(s)] * s, v[: len(s)] @ right_q.T
+    new_b, new_a = (torch.nn.functional.pad(f, (0, 0, 0, r))[:r] for f in (new_b.T, new_a))  # of rank below r: zeros
+    mean_a, mean_b = weighted.sum(0), (weights[:, None, None] * b).sum(0)
+    scale = torch.linalg.matrix_norm(mean_a) / r**0.5  # the singular values go to B; A's rows are as long as before
+    new_a, new_b = new_a * scale, new_b.T / scale
+    u, _, v = torch.linalg.svd(new_a @ mean_a.T + new_b.T @ mean_b)
+    turn = u @ v  # the orthogonal matrix that brings the factors nearest to the mean ones
+    return (turn.T @ new_a).float(), (new_b @ turn).float()
+
+
+def product_error(clients, shapes):
+    """Return how wrong it is to average A and B instead of B A: ||sum p (B-mean B)(A-mean A)|| / ||sum p B A||.
+
+    Frobenius norms over all layers. `clients` holds (client, weight, parameters (P,)) of this rank's clients. By Gram
+    matrices of the factors: no product is formed. Every rank takes part, each with some of the layers.
+    """
+    layers, sizes = deal_layers(shapes)
+    values, weights = exchange(clients, sizes)
+    p = (weights / weights.sum())[:, None, None]
+
+    def squared_norm(a, b):  # of the sum of the p[i] b[i] @ a[i]: the inner product of two Gram matrices
+        left, right = (p * b).transpose(0, 1).flatten(1), a.flatten(0, 1)
+        return ((left.T @ left) * (right @ right.T)).sum()
+
+    squares = torch.zeros(2, dtype=torch.float64, device=values.device)
+    for a, b in layer_factors(values.double(), layers[dist.get_rank()]):
+        squares[0] += squared_norm(a - (p * a).sum(0), b - (p * b).sum(0))
+        squares[1] += squared_norm(a, b)
+    dist.all_reduce(squares)  # all ranks participate
+    return (squares[0] / squares[1]).sqrt().item()
 
 
 # -----------------------------------------------------------------------------
-# the model card
+# applying the average to a model
 
 
-def model_card(args, summary):
-    """Return the card of the adapter: what it was made from, how, and how well it does."""
-    exact, f1, loss = summary["exact_match"], summary["f1"], summary["eval_loss"]
-    return f"""---
-base_model: {args.model_name}
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora, federated-learning]
----
+def shared_parameters(model, part=""):
+    """Return the parameters that clients share, in the model's order: the trainable ones with `part` in their name."""
+    return [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and part in name]
 
-# LoRA adapter, fine-tuned in federation
 
-{summary["clients"]} clients with {", ".join(map(str, summary["rows"]))} training rows,
-{summary["rounds"]} rounds of {args.local_steps} local steps, averaged by `{args.aggregator}`.
-The clients were simulated on machines of one owner, so this says nothing about privacy.
+def flatten_parameters(parameters):
+    """Copy parameters into one float32 vector (P,) on the device of the collectives."""
+    parts = [parameter.detach().float().reshape(-1) for parameter in parameters]
+    return torch.cat(parts or [torch.empty(0)]).to(communication_device())
 
-| {summary["answered"]} held-out questions | before | after |
-|---|---|---|
-| exact match | {exact["before"]:.1f}% | {exact["after"]:.1f}% |
-| F1 | {f1["before"]:.1f}% | {f1["after"]:.1f}% |
 
-Held-out loss {loss["first"]:.4f} at the first evaluated round, {loss["last"]:.4f} at the last.
+def unflatten_parameters(parameters, flat):
+    """Copy a vector (P,) back into the parameters."""
+    for parameter, values in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.data.copy_(values.view_as(parameter))
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{args.model_name}"), "THIS FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
-```
-"""
+def federated_average(
+    model, world_size, start=None, weight=1.0, aggregate=fedavg, state=None, part="", client=None, last=True
+):
+    """Replace the shared LoRA parameters of every client by their average; every rank takes part.
+
+    With the first two arguments only this is the plain mean, by one all-reduce. `start` (P,) is the vector from which
+    all clients began the round, `weight` this client's rows, `aggregate` a strategy (see EDIT HERE), `state` its dict,
+    `part` a part of the names of the parameters that are shared. A rank calls it for each of its clients of the round,
+    `last` with the last one. Returns (average, update): the averaged update (P,), None before the last client, and the
+    update (P,) of this client. Raises ValueError where the process group has not
+    `world_size` ranks.
+    """
+    if dist.get_world_size() != world_size:
+        raise ValueError(f"world_size is {world_size}, but the process group has {dist.get_world_size()} ranks")
+    parameters = shared_parameters(model, part)
+    update = flatten_parameters(parameters)
+    start = torch.zeros_like(update) if start is None else start
+    update -= start
+    state = {} if state is None else state
+    state |= {"start": start, "shapes": [parameter.shape for parameter in parameters]}
+    outbox.update(client=dist.get_rank() if client is None else client, last=last)
+    try:
+        average = aggregate(update, weight, state)
+    except Sent:
+        return None, update
+    unflatten_parameters(parameters, start + average)
+    return average, update
