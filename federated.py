@@ -697,7 +697,8 @@ def local_train(rank, args):
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
+    # more threads would round otherwise, and the adapter would depend on the number of ranks
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     torch.manual_seed(args.seed + rank)
     dist.init_process_group(
         args.backend,

@@ -289,6 +289,10 @@ def open_output_dir(args, resume_from, partition):
     utils.write_aside(folder / "config.json", json.dumps(resolved_config(args), indent=2) + "\n")
 
 
+def is_finished(folder):
+    return (folder / utils.GLOBAL_MODEL).exists() or (folder / utils.CLIENT_MODELS).exists()
+
+
 def round_of(checkpoint):
     return int(checkpoint.name.removeprefix("round_")) if checkpoint else 0
 

@@ -13,8 +13,8 @@ from jinja2 import TemplateError
 
 INSTRUCTION = "Answer the question with words copied from the context. If the answer is not there, say unanswerable."
 GLOBAL_MODEL, CLIENT_MODELS = "federated_global_model", "client_models"  # folders of what a run has trained
-# --lora_variant: which tensors a client trains and which of them it shares, by a part of their names, in one round after
-# another. ffa: FFA-LoRA, Sun et al. 2024 (arXiv:2403.12313). rolora: RoLoRA, Chen et al. 2024 (arXiv:2409.02346).
+# --lora_variant: which tensors a client trains and which of them it shares, by a part of their names, in one round
+# after another. ffa: FFA-LoRA, Sun et al. 2024 (arXiv:2403.12313). rolora: RoLoRA, Chen et al. 2024 (arXiv:2409.02346).
 # fedsa: FedSA-LoRA, Guo et al. 2024 (arXiv:2410.01463).
 LORA_VARIANTS = {
     "lora": [("lora_", "lora_")],
@@ -487,7 +487,7 @@ def project_product(a, b, weights):
     new_b, new_a = left_q @ u[:, : len(s)] * s, v[: len(s)] @ right_q.T
     new_b, new_a = (torch.nn.functional.pad(f, (0, 0, 0, r))[:r] for f in (new_b.T, new_a))  # of rank below r: zeros
     mean_a, mean_b = weighted.sum(0), (weights[:, None, None] * b).sum(0)
-    scale = torch.linalg.matrix_norm(mean_a) / r**0.5  # the singular values go to B; A's rows are as long as before
+    scale = torch.linalg.matrix_norm(mean_a).clamp_min(1e-12) / r**0.5  # B takes the singular values, A stays as long
     new_a, new_b = new_a * scale, new_b.T / scale
     u, _, v = torch.linalg.svd(new_a @ mean_a.T + new_b.T @ mean_b)
     turn = u @ v  # the orthogonal matrix that brings the factors nearest to the mean ones

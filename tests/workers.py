@@ -1,5 +1,6 @@
 """What runs inside the ranks of the tests: at top level, so that a child process can import it."""
 
+import argparse
 import os
 
 import torch
@@ -80,4 +81,65 @@ def average_rank(rank, folder, values, weights):
     _, update, distance = utils.federated_average(weighted, len(values), start, weights[rank])
     result = {"plain": [p.tolist() for p in plain], "weighted": [p.tolist() for p in weighted], "calls": calls}
     torch.save(result | {"update": update, "distance": distance}, f"{folder}/average_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def layouts_rank(flags, cases, rank, args):
+    """Run every one of `cases`, flags by name, on the data that main.py has prepared once."""
+    import federated
+    import main
+
+    federated.ANSWERED_ROWS, federated.GLOBAL_EVAL_ROWS, federated.CLIENT_EVAL_ROWS = 1, 2, 1
+    for name in main.LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    for name, more in cases.items():
+        folder = f"{args.output_dir}/{name}"
+        case = main.parse_args([*flags, *more.split(), "--output_dir", folder])
+        case.model_path, case.data_path, case.resume_from = args.model_path, args.data_path, None
+        case.store_path = f"{args.store_path}_{name}"
+        os.makedirs(folder, exist_ok=True)
+        federated.local_train(rank, case)
+
+
+def strategies_rank(rank, folder, cases, world_size, shuffled):
+    """Average the clients of every case, round by round; writes down the averages, and the aggregation error."""
+    import federated
+    import utils
+
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", world_size), rank=rank, world_size=world_size
+    )
+    result = {"averages": {}}
+    note_collectives(calls := [])
+    offset = world_size - 1 if shuffled else 0
+    for name, case in cases.items():
+        calls.clear()
+        args = argparse.Namespace(aggregator=case["aggregate"], **case["settings"])
+        model = torch.nn.ParameterList([torch.zeros(*shape) for shape in case["shapes"]])
+        start, state, averages = case["start"], {}, []
+        mine = [k for k in range(len(case["weights"])) if k % world_size == (rank + offset) % world_size]
+        for updates in case["updates"]:
+            for k in reversed(mine) if shuffled else mine:
+                utils.unflatten_parameters(list(model), start + updates[k])
+                average, _ = utils.federated_average(
+                    model,
+                    world_size,
+                    start,
+                    case["weights"][k],
+                    federated.make_strategy(args),
+                    state,
+                    client=k,
+                    last=k == mine[0 if shuffled else -1],
+                )
+            if name != "none":
+                assert torch.equal(utils.flatten_parameters(list(model)), start + average)
+            start = start + average
+            averages.append(average)
+        result["averages"][name] = averages
+        if name == "fedavg":
+            result["calls"] = list(calls)
+        if name == "svd":
+            clients = [(k, case["weights"][k], case["start"] + case["updates"][0][k]) for k in mine]
+            result["error"] = utils.product_error(clients, [torch.Size(shape) for shape in case["shapes"]])
+    torch.save(result, f"{folder}/strategies_{rank}.pt")
     dist.destroy_process_group()
