@@ -40,10 +40,13 @@ def test_4_all_ranks_start_from_the_same_adapter(traced):
 def test_5_one_collective_of_the_adapter_a_round(traced):
     folder, ranks = traced
     size = ranks[0]["start"].numel()
-    a_round = ["barrier", "all_reduce", "all_gather_object"]  # the last one for the log
-    names = 2 * ["all_gather_object"] + ["broadcast"] + 3 * (a_round + 2 * ["barrier"])  # saved after every round
-    assert [name for name, _ in ranks[0]["collectives"]] == names  # until training ends, and none besides
-    assert {numel for name, numel in ranks[0]["collectives"] if name == "all_reduce"} == {size + 1}  # and the weight
+    averaged = ["barrier", "all_reduce"]
+    measured = ["all_gather_object", "all_to_all_single", "all_reduce"]  # the aggregation error, as it is evaluated
+    logged = ["all_gather_object", "barrier", "barrier"]  # and saved, after every round
+    names = ["all_gather_object", "broadcast", "all_gather_object"] + 3 * (averaged + measured + logged)
+    calls = ranks[0]["collectives"]
+    assert [name for name, _ in calls] == names  # from the questions before training to its end, and none besides
+    assert {numel for name, numel in calls if name == "all_reduce"} == {size + 1, 2}  # with the weight
 
 
 def test_average_against_float64(traced):

@@ -83,7 +83,7 @@ def test_bad_files(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "--dataset_path" in refused("--dataset_path", tmp_path / "empty")
     few = write_rows(tmp_path / "few.jsonl", [{"prompt": "a", "completion": "b"}] * 5)
-    assert "5 training rows, 8 clients need 18; lower --world_size" in refused("--dataset_path", few)
+    assert "5 training rows, 8 clients need 18; lower --num_clients" in refused("--dataset_path", few)
     text = write_rows(tmp_path / "text.jsonl", [{"messages": "[]"}] * 50)
     assert "messages is not a list" in refused("--dataset_path", text)
     odd = write_rows(tmp_path / "odd.jsonl", [{"context": "a", "question": "b", "answers": "c"}] * 50)
@@ -183,7 +183,7 @@ def test_files_of_a_run(finished):
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints", "client_0_eval_loss.json", "client_0_train_loss.json", "client_1_eval_loss.json",
         "client_1_train_loss.json", "config.json", "federated_global_model", "global_eval_loss.json", "loss.png",
-        "rounds.jsonl", "summary.json",
+        "partition.json", "rounds.jsonl", "summary.json",
     ]  # fmt: skip
     rounds = utils.read_rounds(folder)
     losses = {path.stem: json.loads(path.read_text()) for path in folder.glob("*_loss.json")}

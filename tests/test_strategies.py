@@ -1,4 +1,4 @@
-"""Every strategy by hand, against Flower, and against a dense computation; by clients that share ranks, and that do not."""
+"""Every strategy by hand, against Flower, and against dense matrices, with and without clients that share a rank."""
 
 import math
 import os

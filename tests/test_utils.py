@@ -141,7 +141,8 @@ def test_losses_are_appended_and_cut_back(tmp_path):
         if number != 2:
             utils.append_loss_to_file(tmp_path / "global_eval_loss.json", 1.0 * number)
         with open(tmp_path / "rounds.jsonl", "a") as file:
-            file.write(json.dumps({"round": number, "eval_loss": None if number == 2 else 1.0 * number}) + "\n")
+            entry = {"round": number, "clients": [0, 3], "eval_loss": None if number == 2 else 1.0 * number}
+            file.write(json.dumps(entry) + "\n")
     assert json.loads((tmp_path / "client_0_train_loss.json").read_text()) == [0.5, 1.0, 1.5]
     utils.cut_back_logs(tmp_path, 2)
     assert json.loads((tmp_path / "client_0_train_loss.json").read_text()) == [0.5, 1.0]

@@ -1,12 +1,14 @@
 """What runs inside the ranks of the tests: at top level, so that a child process can import it."""
 
 import argparse
+import gc
 import os
 
 import torch
 import torch.distributed as dist
 
-COLLECTIVES = ("all_reduce", "broadcast", "barrier", "all_gather", "all_gather_object", "reduce", "gather", "scatter")
+COLLECTIVES = """all_reduce broadcast barrier all_gather all_gather_object all_to_all_single reduce gather scatter send
+recv send_object_list recv_object_list""".split()
 
 
 def note_collectives(calls):
@@ -39,20 +41,20 @@ def traced_rank(rank, args):
 
     class TracedRounds(federated.FederatedRounds):
         def on_train_begin(self, args, state, control, model, **kwargs):
-            trace["own_start"] = utils.flatten_parameters(model)
-            super().on_train_begin(args, state, control, model, **kwargs)
-            trace["start"] = utils.flatten_parameters(model)
+            trace["own_start"] = utils.flatten_parameters(self.lora)
+            super().on_train_begin(args, state, control, model=model, **kwargs)
+            trace["start"] = utils.flatten_parameters(self.lora)
             trace["processes"] = self.trainer.accelerator.num_processes
             trace["wrapped"] = type(self.trainer.model_wrapped).__name__
             trace["names"] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-            trace["dtypes"] = {parameter.dtype for parameter in utils.shared_parameters(model)}
+            trace["dtypes"] = {parameter.dtype for parameter in self.lora}
 
         def on_optimizer_step(self, args, state, control, **kwargs):
             super().on_optimizer_step(args, state, control, **kwargs)
             trace["learning_rates"].append(self.learning_rate)
 
         def on_train_end(self, args, state, control, model, **kwargs):
-            trace["end"] = utils.flatten_parameters(model)
+            trace["end"] = utils.flatten_parameters(self.lora)
             torch.save(trace, f"{self.args.output_dir}/trace_{rank}.pt")
 
     def traced_fedavg(update, weight, state, fedavg=utils.fedavg):
@@ -65,31 +67,35 @@ def traced_rank(rank, args):
     main.run_rank(rank, args)
 
 
-def average_rank(rank, folder, values, weights):
-    """Average `values[rank]`, the parameters of a client, plainly and weighted by fedavg; writes down the results."""
+def average_rank(rank, folder, values):
+    """Average `values[rank]`, the tensors of a client, plainly; writes down the result."""
     import utils
 
     dist.init_process_group(
         "gloo", store=dist.FileStore(f"{folder}/store", len(values)), rank=rank, world_size=len(values)
     )
     note_collectives(calls := [])
-    plain, weighted = (torch.nn.ParameterList([torch.tensor(part) for part in values[rank]]) for _ in range(2))
-    frozen = torch.nn.Parameter(torch.full((2,), float(rank)), requires_grad=False)
-    plain.append(frozen)
-    utils.federated_average(plain, len(values))
-    start = torch.ones(sum(map(len, values[rank])))
-    _, update, distance = utils.federated_average(weighted, len(values), start, weights[rank])
-    result = {"plain": [p.tolist() for p in plain], "weighted": [p.tolist() for p in weighted], "calls": calls}
-    torch.save(result | {"update": update, "distance": distance}, f"{folder}/average_{rank}.pt")
-    dist.destroy_process_group()
+    model = torch.nn.ParameterList([torch.tensor(part) for part in values[rank]])
+    model.append(torch.nn.Parameter(torch.full((2,), float(rank)), requires_grad=False))
+    utils.federated_average(model, len(values))
+    torch.save({"values": [p.tolist() for p in model], "calls": calls}, f"{folder}/average_{rank}.pt")
+    try:
+        utils.federated_average(model, len(values) + 1)
+    except ValueError:
+        dist.destroy_process_group()
+    else:
+        raise AssertionError("a wrong world_size was taken")
 
 
 def layouts_rank(flags, cases, rank, args):
     """Run every one of `cases`, flags by name, on the data that main.py has prepared once."""
     import federated
     import main
+    import report
 
     federated.ANSWERED_ROWS, federated.GLOBAL_EVAL_ROWS, federated.CLIENT_EVAL_ROWS = 1, 2, 1
+    report.plot_losses = lambda folder: None
+    gc.freeze()  # the imported modules, which each trainer would collect anew
     for name in main.LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     for name, more in cases.items():
