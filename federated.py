@@ -272,13 +272,13 @@ class FederatedRounds(TrainerCallback):
         self.variant = utils.LORA_VARIANTS[args.lora_variant]
         if args.aggregator == "none":
             self.variant = [(trained, "nothing") for trained, _ in self.variant]
-        # what stays with its client: its own B, or all of it; such a client has a model of its own
-        self.private = [p for n, p in self.model.named_parameters() if p.requires_grad and self.variant[0][1] not in n]
-        self.private = self.private if args.lora_variant == "fedsa" or args.aggregator == "none" else []
+        trained, shared = self.variant[0]
+        # what stays with its client, FedSA's B or all of it; then every client has a model of its own
+        self.private = [p for n, p in self.model.named_parameters() if trained in n and shared not in n]
         self.staging = Path(args.output_dir, f"{utils.CLIENT_MODELS if self.private else utils.GLOBAL_MODEL}.tmp")
         self.states = [{} for _ in self.variant]  # of the averaging strategy; RoLoRA's A and B have one each
         self.control = torch.zeros(0)  # SCAFFOLD's c: the mean of the clients' gradients
-        self.records = {}  # client -> what it left in host memory when its turn was over, on the rank that has played it
+        self.records = {}  # client -> what it leaves in host memory between its turns, on the rank that last played it
         self.current = None  # the client whose moments are in the optimizer, and whose private tensors in the model
         self.alone = len({client for _, client in data.turns}) == 1  # one client from first to last: nothing to change
         self.reports, self.kept, self.checked, self.hinted = [], [], False, False
@@ -559,38 +559,40 @@ class FederatedRounds(TrainerCallback):
 
     def check_start(self, learning_rate):
         """Check what can be known before the first step; every rank takes part."""
-        trainer, turns = self.trainer, self.data.turns
-        positions, per_turn = list(trainer._get_train_sampler()), len(self.data.train) // len(turns)
-        fresh = None
-        if again := [i for i, (_, client) in enumerate(turns) if i and client == turns[0][1]]:
-            first, second = (
-                {self.data.order[j] for j in positions[i * per_turn : (i + 1) * per_turn]} for i in (0, again[0])
-            )
-            client = turns[0][1]
-            unread = self.data.num_train[client] - len(first)
-            fresh = (len(second - first), len(second), min(unread, len(second)))
         mine = {
-            "wrapped": type(trainer.model_wrapped).__name__,
-            "processes": trainer.accelerator.num_processes,
+            "wrapped": type(self.trainer.model_wrapped).__name__,
+            "processes": self.trainer.accelerator.num_processes,
             "start": digest(utils.flatten_parameters(self.shared(1))),
             "learning_rate": learning_rate,
-            "fresh": fresh,
+            "fresh": self.fresh_rows(),
         }
         ranks = [None] * self.args.world_size
         dist.all_gather_object(ranks, mine)  # all ranks participate
-        wrapped = {rank["wrapped"] for rank in ranks}
-        alone = all(rank["processes"] == 1 for rank in ranks) and wrapped == {type(self.model).__name__}
-        self.check(alone, f"no DDP: every rank trains a {', '.join(sorted(wrapped))} alone")
-        starts = {rank["start"] for rank in ranks}
-        self.check(len(starts) == 1, f"one start: {len(starts)} digest(s) on {len(ranks)} ranks, {mine['start'][:8]}")
+        wrapped = ", ".join(sorted({rank["wrapped"] for rank in ranks}))
+        alone = all(rank["processes"] == 1 for rank in ranks) and wrapped == type(self.model).__name__
+        self.check(alone, f"no DDP: every rank trains a {wrapped} of its own")
+        starts = sorted({rank["start"][:8] for rank in ranks})
+        self.check(len(starts) == 1, f"same start: {' and '.join(starts)} on {len(ranks)} rank(s)")
         lowest = min(rank["learning_rate"] for rank in ranks)
-        self.check(lowest > 0, f"it learns from the first step on: learning rate {lowest:.2e}")
+        self.check(lowest > 0, f"learns from the first step on: learning rate {lowest:.2e}")
         if fresh := [rank["fresh"] for rank in ranks if rank["fresh"]]:
-            new, read = sum(part[0] for part in fresh), sum(part[1] for part in fresh)
-            self.check(
-                all(part[0] >= part[2] for part in fresh),
-                f"fresh data: {new} of {read} rows of the second turns are not of the first",
-            )
+            new, read, _ = map(sum, zip(*fresh))
+            passed = all(new >= unread for new, _, unread in fresh)
+            self.check(passed, f"fresh data next round: {new} of {read} rows of second turns are not in the first")
+
+    def fresh_rows(self):
+        """Return (new, read, unread) of the first client here that has a second turn, None without such a client.
+
+        As the trainer will feed it: rows that are not in its first turn, all rows, and how many it had left to read.
+        """
+        positions = list(self.trainer._get_train_sampler())
+        per_turn, first_turns = len(positions) // len(self.data.turns), {}
+        for index, (_, client) in enumerate(self.data.turns):
+            rows = set(self.data.order[positions[index * per_turn : (index + 1) * per_turn]].tolist())
+            first = first_turns.setdefault(client, rows)
+            if first is not rows:
+                return len(rows - first), len(rows), min(self.data.num_train[client] - len(first), len(rows))
+        return None
 
     def check_average(self, ranks, clients):
         """Check that clients were apart before the averaging, and ranks equal after it; every rank takes part."""
@@ -600,7 +602,7 @@ class FederatedRounds(TrainerCallback):
             skipped = self.trainer.accelerator.optimizer_step_was_skipped  # by the gradient scaler of fp16
             self.check(
                 (before == len(clients) or skipped) and after == 1,
-                f"federated: {before} adapters of {len(clients)} clients before the averaging, {after} after it",
+                f"federated: {len(clients)} client(s) with {before} adapter(s) before the averaging, {after} after it",
             )
             self.checked = True
         elif after > 1:

@@ -53,7 +53,7 @@ ACCELERATE_USE_CPU ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_P
 ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".split()
 NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to timeout backend num_gpus versions".split()
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
-loss.png runs summary.json partition.json config.json""".split()  # what --overwrite removes, config.json last: with it there, the folder is a run's
+loss.png runs summary.json partition.json config.json""".split()  # --overwrite removes these, and config.json last
 
 # -----------------------------------------------------------------------------
 # flags
@@ -496,7 +496,7 @@ def launch(target, args):
             mp.start_processes(target, args=(args,), nprocs=args.world_size, start_method="forkserver")
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         if getattr(error, "exit_code", None) == 3:
-            print("main.py: a self-check failed, see the line with the cross; this would not be federated learning")
+            print("main.py: a self-check failed, see its line; this would not be federated learning", file=sys.stderr)
             raise SystemExit(3) from None
         print(f"main.py: a rank failed; --resume continues from the last checkpoint\n{error}", file=sys.stderr)
         raise SystemExit(1) from None

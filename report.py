@@ -67,7 +67,7 @@ def print_header(args, data, shared, client_bytes):
     if args.num_gpus:
         device = f"{min(args.num_gpus, args.world_size)} x {torch.cuda.get_device_name()}"
         device += ", shared by the ranks" if args.num_gpus < args.world_size else ""
-    drawn = f", {args.clients_per_round} of them in a round" if args.clients_per_round < args.num_clients else ""
+    drawn = f", {args.clients_per_round} drawn for each round" if args.clients_per_round < args.num_clients else ""
     extras = [f"FedProx mu {args.prox_mu:g}"] * (args.prox_mu > 0) + ["SCAFFOLD"] * args.scaffold
     lines = [
         f"{args.model_name}, {'4-bit NF4' if args.load_in_4bit else 'not quantized'}, LoRA r={args.lora_r}",
@@ -78,9 +78,10 @@ def print_header(args, data, shared, client_bytes):
         f"  device     {device}, {args.backend}, {args.world_size} rank(s)",
     ]
     if args.num_clients > args.world_size:
+        playing = {client for shares, _ in data.plan for share in shares for client in share}
         lines.append(
             f"  absent     --client_state {args.client_state}: {client_bytes / 1e6:.1f} MB of host memory per client, "
-            f"{client_bytes * args.num_clients / 1e9:.2f} GB for all"
+            f"{client_bytes * len(playing) / 1e9:.2f} GB for the {len(playing)} that will play"
         )
     print("\n".join(lines), flush=True)
 

@@ -367,7 +367,7 @@ def krum(update, weight, state, num_malicious=1):
     values, _ = gather_shards(update, weight)
     gram = sum(block.double() @ block.double().T for block in values.split(BLOCK, dim=1))
     dist.all_reduce(gram)  # all ranks participate
-    squares = (gram.diag()[:, None] + gram.diag() - 2 * gram).sort(dim=1).values  # column 0: of each to itself
+    squares = (gram.diag()[:, None] + gram.diag() - 2 * gram).sort(dim=1).values  # column 0: to itself
     chosen = squares[:, 1 : len(gram) - num_malicious - 1].sum(dim=1).argmin()
     return join_shards(values[chosen], even_sizes(len(update)))
 
@@ -513,7 +513,7 @@ def product_error(clients, shapes):
         squares[0] += squared_norm(a - (p * a).sum(0), b - (p * b).sum(0))
         squares[1] += squared_norm(a, b)
     dist.all_reduce(squares)  # all ranks participate
-    return (squares[0] / squares[1]).sqrt().item()
+    return (squares[0].clamp_min(0) / squares[1]).sqrt().item()  # what should be zero may be rounded below it
 
 
 # -----------------------------------------------------------------------------

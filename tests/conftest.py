@@ -50,3 +50,32 @@ def traced(tmp_path_factory, sample_rows):
 
     main.main(flags, target=traced_rank)
     return folder, [torch.load(folder / f"trace_{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="session")
+def small_inputs(tmp_path_factory, sample_rows):
+    """A LLaMA of one layer with random weights and 80 short rows, as flags: for what many runs are needed."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = sorted(sample_rows, key=lambda row: len(row["context"]))[:80]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(main.EMBEDDED_MODEL)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return ["--model_name", str(folder / "model"), "--dataset_path", str(folder / "rows.jsonl")]
+
+
+def read_adapters(folder):
+    """All tensors that a run has trained, those of its one model or of all its clients, in one vector."""
+    import torch
+    from safetensors.torch import load_file
+
+    files = sorted(Path(folder).glob("federated_global_model/*.safetensors"))
+    files += sorted(Path(folder).glob("client_models/*/*.safetensors"))
+    return torch.cat([tensor.reshape(-1) for file in files for _, tensor in sorted(load_file(file).items())])

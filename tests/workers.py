@@ -3,6 +3,9 @@
 import argparse
 import gc
 import os
+import shutil
+import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -89,6 +92,11 @@ def average_rank(rank, folder, values):
 
 def layouts_rank(flags, cases, rank, args):
     """Run every one of `cases`, flags by name, on the data that main.py has prepared once."""
+    for name, more in cases.items():
+        run_case(f"{args.output_dir}/{name}", [*flags, *more.split()], rank, args)
+
+
+def run_case(folder, flags, rank, args, resume_from=None):
     import federated
     import main
     import report
@@ -98,13 +106,90 @@ def layouts_rank(flags, cases, rank, args):
     gc.freeze()  # the imported modules, which each trainer would collect anew
     for name in main.LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
+    case = main.parse_args([*flags, "--output_dir", folder])
+    case.model_path, case.data_path, case.resume_from = args.model_path, args.data_path, resume_from
+    case.store_path = f"{args.store_path}_{Path(folder).name}"
+    os.makedirs(folder, exist_ok=True)
+    federated.local_train(rank, case)
+
+
+def identical_rank(flags, cases, rank, args):
+    """As layouts_rank, for clients that are equal on purpose."""
+    import federated
+
+    federated.FederatedRounds.check_average = lambda *args: None
+    layouts_rank(flags, cases, rank, args)
+
+
+def resume_rank(flags, cases, rank, args):
+    """Run every case to its end, and once more from the checkpoint before its last round."""
+    import utils
+
     for name, more in cases.items():
-        folder = f"{args.output_dir}/{name}"
-        case = main.parse_args([*flags, *more.split(), "--output_dir", folder])
-        case.model_path, case.data_path, case.resume_from = args.model_path, args.data_path, None
-        case.store_path = f"{args.store_path}_{name}"
-        os.makedirs(folder, exist_ok=True)
-        federated.local_train(rank, case)
+        flags_of_case, whole, half = (
+            [*flags, *more.split()],
+            f"{args.output_dir}/{name}",
+            f"{args.output_dir}/{name}_half",
+        )
+        run_case(whole, flags_of_case, rank, args)
+        if rank == 0:
+            last = max(entry["round"] for entry in utils.read_rounds(whole))
+            gone = shutil.ignore_patterns(f"round_{last:05d}", "client_models", "federated_global_model")
+            shutil.copytree(whole, f"{half}.tmp", ignore=gone)
+            utils.cut_back_logs(f"{half}.tmp", last - 1)
+            os.rename(f"{half}.tmp", half)
+        while not os.path.exists(half):
+            time.sleep(0.01)
+        run_case(half, flags_of_case, rank, args, resume_from=next(Path(half, "checkpoints").glob("round_*")))
+
+
+def gradients_rank(rank, args):
+    """One rank plays all clients; writes down what is added to each step's gradient, and what it depends on."""
+    import federated
+    import main
+    import utils
+
+    trace = []
+
+    class TracedRounds(federated.FederatedRounds):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            def gradient():
+                return utils.flatten_parameters([p.grad for p in self.parameters])
+
+            before = gradient()
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+            number, client = self.data.turns[state.global_step // self.args.local_steps]
+            moved = utils.flatten_parameters(self.parameters) - self.start
+            trace.append(
+                {"round": number, "client": client, "before": before, "added": gradient() - before, "moved": moved}
+            )
+
+    federated.FederatedRounds = TracedRounds
+    main.run_rank(rank, args)
+    torch.save(trace, f"{args.output_dir}/gradients.pt")
+
+
+def faulty_rank(fault, rank, args):
+    """main.run_rank with one of the faults that the self-check is there for."""
+    import trl
+
+    import federated
+    import main
+
+    if fault == "curve from zero":
+        federated.LocalTrainer.create_scheduler = trl.SFTTrainer.create_scheduler
+    elif fault == "own start":
+        dist.broadcast = lambda *args, **kwargs: None
+    elif fault == "shared gradients":
+
+        def average_gradients(self, *args, **kwargs):
+            for parameter in self.parameters:
+                dist.all_reduce(parameter.grad)
+
+        federated.FederatedRounds.on_pre_optimizer_step = average_gradients
+    elif fault == "same rows":
+        federated.LocalTrainer._get_train_sampler = lambda self, *rows: [0] * len(self.train_dataset)
+    main.run_rank(rank, args)
 
 
 def strategies_rank(rank, folder, cases, world_size, shuffled):
