@@ -163,9 +163,7 @@ class LocalTrainer(SFTTrainer):
     """TRL's trainer, with a learning rate that follows the federated step and is above zero from first to last."""
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        steps = (
-            self.federated_steps
-        )  # of each of this rank's steps: rounds before it x local_steps + its place in the round
+        steps = self.federated_steps  # where each step of this rank is in the run: rounds before it x local_steps + i
         scheduler = super().create_scheduler(max(steps) + 2, optimizer)
         # a warm-up begins at zero, where one local step would be a round without training: enter the curve a step in
         scheduler.lr_lambdas = [
@@ -193,7 +191,7 @@ def build_trainer(rank, args, device, model, tokenizer, data):
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
         optim=args.optim,
-        seed=args.seed + rank,  # of the dropout masks; the order of the rows is our own
+        seed=args.seed,  # the order of the rows and the seeds of the dropout masks are our own
         train_sampling_strategy="sequential",  # the order of the dataset is the schedule of the run
         dataset_kwargs={"skip_prepare_dataset": True},  # tokenized already, once for all ranks
         eval_strategy="no",
@@ -277,7 +275,6 @@ class FederatedRounds(TrainerCallback):
         self.private = [p for n, p in self.model.named_parameters() if trained in n and shared not in n]
         self.staging = Path(args.output_dir, f"{utils.CLIENT_MODELS if self.private else utils.GLOBAL_MODEL}.tmp")
         self.states = [{} for _ in self.variant]  # of the averaging strategy; RoLoRA's A and B have one each
-        self.control = torch.zeros(0)  # SCAFFOLD's c: the mean of the clients' gradients
         self.records = {}  # client -> what it leaves in host memory between its turns, on the rank that last played it
         self.current = None  # the client whose moments are in the optimizer, and whose private tensors in the model
         self.alone = len({client for _, client in data.turns}) == 1  # one client from first to last: nothing to change
@@ -289,23 +286,19 @@ class FederatedRounds(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer, lr_scheduler, **kwargs):
         self.optimizer = optimizer.optimizer  # without accelerate's wrapper
-        start = utils.flatten_parameters(self.lora)
-        if not self.args.resume_from:
-            dist.broadcast(
-                start, src=0
-            )  # all ranks participate: from a different A on each, the first average is noise
-            utils.unflatten_parameters(self.lora, start)
-            self.first_private = utils.flatten_parameters(self.private).cpu()  # of a client's first turn
-            self.control = (
-                torch.zeros_like(utils.flatten_parameters(self.shared(1))) if self.args.scaffold else self.control
-            )
-        else:
-            saved = torch.load(Path(self.args.resume_from, "strategy.pt"), weights_only=True)
+        folder = self.args.resume_from
+        if folder:  # the trainer has loaded this rank's adapter and moments
+            saved = torch.load(Path(folder, "strategy.pt"), weights_only=True)
             self.states, self.first_private, self.control = saved["states"], saved["first_private"], saved["control"]
-            self.control = self.control.to(start.device)
-            self.records = torch.load(Path(self.args.resume_from, f"rank_{self.rank}", "clients.pt"), weights_only=True)
-        if self.args.resume_from and self.alone:
-            self.current = self.data.turns[0][1]  # as the trainer has loaded it
+            self.records = torch.load(Path(folder, f"rank_{self.rank}", "clients.pt"), weights_only=True)
+            self.current = self.data.turns[0][1] if self.alone else None  # otherwise it is in the records, as all are
+        else:
+            start = utils.flatten_parameters(self.lora)
+            dist.broadcast(start, src=0)  # all ranks participate: from a different A each, the first average is noise
+            utils.unflatten_parameters(self.lora, start)
+            self.first_private = utils.flatten_parameters(self.private).cpu()  # of every client's first turn
+            # SCAFFOLD's c: the mean of what all clients' mean gradients were in their last turns
+            self.control = utils.flatten_parameters(self.shared(1)).zero_() if self.args.scaffold else None
         self.check_start(lr_scheduler.get_last_lr()[0])
         self.bar.update(state.global_step)
         self.clock = time.perf_counter()
@@ -355,7 +348,7 @@ class FederatedRounds(TrainerCallback):
         if args.prox_mu:
             self.anchors = split_like(self.start, self.parameters)
         if args.scaffold:
-            own = self.records.setdefault(client, {}).get("control", torch.zeros(self.control.shape))
+            own = self.records.setdefault(client, {}).get("control", torch.zeros_like(self.control))
             self.corrections = split_like(self.control - own.to(self.control.device), self.parameters)
             self.gradients = split_like(torch.zeros_like(self.control), self.parameters)
 
@@ -413,7 +406,7 @@ class FederatedRounds(TrainerCallback):
         if args.scaffold:  # c_i becomes the mean of this turn's gradients: no SGD algebra, so it holds for AdamW too
             record, gradients = self.records[client], utils.flatten_parameters(self.gradients) / args.local_steps
             self.change = self.change if self.reports else torch.zeros_like(gradients, dtype=torch.float64)
-            self.change += gradients - record.get("control", torch.zeros(gradients.shape)).to(gradients.device)
+            self.change += gradients - record.get("control", torch.zeros_like(gradients)).to(gradients.device)
             record["control"] = gradients.cpu()
         if last:
             dist.barrier()  # all ranks participate; waiting for the slowest rank counts as local
@@ -466,11 +459,12 @@ class FederatedRounds(TrainerCallback):
         self.kept = []
         everyone = {"memory": peak_memory(), "shared": shared, "reports": self.reports}
         if self.is_due(number, args.eval_rounds):
-            everyone["global"] = evaluate(trainer, data.global_held_out.select(self.own_share(data.global_held_out)))
+            if not self.private:  # one model, whose rows the ranks share out
+                own_rows = data.global_held_out.select(self.own_share(data.global_held_out))
+                everyone["global"] = evaluate(trainer, own_rows)
             for mine in self.reports:
-                if self.private:  # a model of its own
+                if self.private:
                     self.enter(mine["client"])
-                    everyone["global"] = None
                     mine["global"] = evaluate(trainer, data.global_held_out)
                 mine["eval"] = evaluate(trainer, data.held_out(mine["client"]))
         ranks = [None] * args.world_size
@@ -512,27 +506,27 @@ class FederatedRounds(TrainerCallback):
         digests = [ranks[0]["shared"], *(client["local_digest"] for client in clients if self.private)]
         entry = {
             "round": number,
-            "train_loss": sum(client["train_loss"] for client in clients) / len(clients),
+            "train_loss": sum(by_name("train_loss", clients)) / len(clients),
             "eval_loss": None,
             "learning_rate": self.learning_rate,
-            "clients": [client["client"] for client in clients],
-            "weights": [data.num_train[client["client"]] for client in clients],
-            "drift": sum(client["drift"] for client in clients) / len(clients),
-            "client_drift": [round(client["drift"], 6) for client in clients],
+            "clients": by_name("client", clients),
+            "weights": [data.num_train[client] for client in by_name("client", clients)],
+            "drift": sum(by_name("drift", clients)) / len(clients),
+            "client_drift": [round(drift, 6) for drift in by_name("drift", clients)],
             "aggregation_error": error,
             "update_norm": norm,
             "bytes": 4 * self.start.numel() * len(clients),  # float32, sent by all clients together
-            "tokens": sum(client["tokens"] for client in clients),
-            "peak_memory_gb": round(max(rank["memory"] for rank in ranks), 3),
+            "tokens": sum(by_name("tokens", clients)),
+            "peak_memory_gb": round(max(by_name("memory", ranks)), 3),
             "seconds": seconds,
             "digest": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         }
-        if "global" in ranks[0]:  # one model that the ranks have evaluated together, or one of each client
-            entry["eval_loss"] = (
-                sum(client["global"][0] / client["global"][1] for client in clients) / len(clients)
-                if self.private
-                else sum(rank["global"][0] for rank in ranks) / sum(rank["global"][1] for rank in ranks)
-            )
+        if "eval" in clients[0]:
+            if self.private:  # the mean over the clients' models
+                entry["eval_loss"] = sum(loss / tokens for loss, tokens in by_name("global", clients)) / len(clients)
+            else:
+                losses, tokens = zip(*by_name("global", ranks))
+                entry["eval_loss"] = sum(losses) / sum(tokens)
             utils.append_loss_to_file(folder / "global_eval_loss.json", entry["eval_loss"])
         for client in clients:
             name = f"client_{client['client']}"
@@ -662,6 +656,10 @@ def sample_coordinates(vector):
     """Return at most DRIFT_COORDINATES evenly spaced values of a vector (P,); an odd stride meets every column."""
     stride = -(-len(vector) // DRIFT_COORDINATES)
     return vector[:: stride | 1 if stride > 1 else 1].clone()
+
+
+def by_name(name, reports):
+    return [each[name] for each in reports]
 
 
 def digest(flat):

@@ -1,0 +1,71 @@
+"""What many clients on a rank cost. python tests/benchmarks/clients.py FOLDER_OF_SMOLLM2
+
+1. Changing clients, against 10 local steps: SmolLM2-135M, 4-bit, one rank that plays 2 clients, 6 turns.
+2. Memory of the largest of 2 ranks that play 8, 25, 50 and 100 clients a round: embedded model, --lora_r 64.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+import main
+
+
+def timed_rank(rank, args):
+    import federated
+
+    entering, turns = [], []
+
+    class TimedRounds(federated.FederatedRounds):
+        def enter(self, client):
+            start = time.perf_counter()
+            super().enter(client)
+            entering.append(time.perf_counter() - start)
+
+        def begin_turn(self, index):
+            super().begin_turn(index)
+            self.began = time.perf_counter()
+
+        def finish_turn(self, index):
+            turns.append(time.perf_counter() - self.began)
+            super().finish_turn(index)
+
+    federated.FederatedRounds = TimedRounds
+    main.run_rank(rank, args)
+    Path(args.output_dir, "timed.json").write_text(json.dumps([entering, turns]))
+
+
+def run(flags, folder, target=main.run_rank):
+    main.main([*flags.split(), "--output_dir", folder], target=target)
+    return [json.loads(line) for line in Path(folder, "rounds.jsonl").read_text().splitlines()]
+
+
+def change_clients(smollm2):
+    with tempfile.TemporaryDirectory() as folder:
+        flags = "--world_size 1 --num_clients 2 --num_rounds 3 --local_steps 10 --eval_rounds 3 --save_rounds 3"
+        run(f"{flags} --model_name {smollm2}", folder, timed_rank)
+        entering, turns = json.loads(Path(folder, "timed.json").read_text())
+    enter, turn = statistics.median(entering[1:6]), statistics.median(turns)  # the first finds nothing to put away
+    print(f"changing clients {enter:.3f} s, 10 local steps {turn:.1f} s: {100 * enter / turn:.2f}%")
+
+
+def memory():
+    print("| clients a round | keep, GB | reset, GB |\n|---|---|---|")
+    for clients in (8, 25, 50, 100):
+        peaks = []
+        for state in ("keep", "reset"):
+            flags = f"--world_size 2 --num_clients {clients} --client_state {state} --num_rounds 3 --local_steps 1"
+            with tempfile.TemporaryDirectory() as folder:
+                rounds = run(f"{flags} --lora_r 64 --eval_rounds 3 --save_rounds 3", folder)
+            peaks.append(rounds[1]["peak_memory_gb"])  # the last one is evaluated and saved
+        print(f"| {clients} | {peaks[0]:.3f} | {peaks[1]:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    change_clients(sys.argv[1])
+    memory()
