@@ -1,5 +1,6 @@
 """Data, files and averaging for federated fine-tuning. To change the averaging, go to "EDIT HERE"."""
 
+import copy
 import functools
 import json
 import os
@@ -243,10 +244,11 @@ def cut_back_logs(output_dir, last_round):
 #           `start` (P,), the shared parameters as the round began, and `shapes`, those of their tensors, in order
 # Further arguments are flags of main.py by the same name (--server_lr), and their defaults are the strategy's own.
 #
-# Every client calls it once a round, and tells the others what it has to tell in one call of `sum_over_clients` or
-# `gather_shards`: that is what it sends. What follows the call is the server's part, with the same result on every
-# rank, and `state` is the server's: change it there only. Where one rank plays several clients, the calls of all but
-# the last end as they send (by `Sent`), and the last goes on for them; so a rank holds one update, not one per client.
+# Every client calls it once a round. What it passes to `sum_over_clients` or `gather_shards` is what it sends; what it
+# does with their results is the server's part, and comes out the same on every rank. Of a rank's several clients, all
+# but the last only send, each when its turn is over, so that the rank holds one update and not one per client: they
+# get results without content (device "meta") and a copy of `state`, and what they return is dropped. So a client must
+# not send what depends on results of the same round; a RuntimeError says so.
 
 
 def sum_over_clients(*terms):
@@ -257,16 +259,22 @@ def sum_over_clients(*terms):
     """
     terms = [torch.as_tensor(term) for term in terms]
     sizes = [term.numel() for term in terms]
-    sums = outbox.pop("sums", None)
-    if sums is None:
-        sums = torch.zeros(sum(sizes), dtype=torch.float64, device=communication_device())
+    number, outbox["calls"] = outbox["calls"], outbox["calls"] + 1
+    if number == len(outbox["sums"]):
+        outbox["sums"].append([0, torch.zeros(sum(sizes), dtype=torch.float64, device=communication_device())])
+    outbox["sums"][number][0] += not any(term.is_meta for term in terms)
+    senders, sums = outbox["sums"][number]
+    if senders != outbox["clients"]:
+        raise RuntimeError(
+            "what clients send depends on results of the same round: one client a rank, or gather_shards"
+        )
     for part, term in zip(sums.split(sizes), terms):
         part += term.reshape(-1).to(sums.device)
-    if not outbox["last"]:
-        outbox["sums"] = sums
-        raise Sent
-    dist.all_reduce(sums)  # all ranks participate
+    if outbox["last"]:
+        dist.all_reduce(sums)  # all ranks participate
     results = [part.float().view_as(term) for part, term in zip(sums.split(sizes), terms)]
+    if not outbox["last"]:
+        results = [result.to("meta") for result in results]
     return results if len(results) > 1 else results[0]
 
 
@@ -276,10 +284,10 @@ def gather_shards(update, weight, sizes=None):
     Values is float32 (clients, C), weights float64 (clients,). Each rank has a 1/world_size of the coordinates, or
     sizes[rank] of them, so that nobody has all of all clients; `join_shards` is the way back. Every rank takes part.
     """
-    outbox.setdefault("updates", []).append((outbox["client"], weight, update))
+    outbox["updates"].append((outbox["client"], weight, update))
     if not outbox["last"]:
         raise Sent
-    return exchange(outbox.pop("updates"), sizes or even_sizes(update.numel()))
+    return exchange(outbox["updates"], sizes or even_sizes(update.numel()))
 
 
 def join_shards(values, sizes):
@@ -413,12 +421,14 @@ AGGREGATORS = {
 # -----------------------------------------------------------------------------
 # what the strategies are made of
 
-outbox = {"client": 0, "last": True}  # who is sending, whether this rank has no more clients in the round, and its mail
+# of this rank in the round under way: who is sending, how many clients have begun to, whether it is the last of them,
+# how often it has called `sum_over_clients`, [senders, sum so far] of each call, and the updates for `gather_shards`
+outbox = {"client": 0, "clients": 0, "last": True, "calls": 0, "sums": [], "updates": []}
 BLOCK = 2**16  # coordinates that are sorted at a time
 
 
 class Sent(Exception):
-    """Ends the strategy of a client that has sent, where its rank has more clients to play in the round."""
+    """Ends the strategy of a client that is not its rank's last in the round, once its update is in the outbox."""
 
 
 def communication_device():
@@ -557,10 +567,16 @@ def federated_average(
     update -= start
     state = {} if state is None else state
     state |= {"start": start, "shapes": [parameter.shape for parameter in parameters]}
-    outbox.update(client=dist.get_rank() if client is None else client, last=last)
-    try:
-        average = aggregate(update, weight, state)
-    except Sent:
+    outbox.update(client=dist.get_rank() if client is None else client, last=last, calls=0)
+    outbox["clients"] += 1
+    if not last:
+        try:
+            aggregate(update, weight, copy.deepcopy(state))
+        except Exception:  # of the server's part, which has nothing to work on
+            if not outbox["calls"] and len(outbox["updates"]) < outbox["clients"]:
+                raise
         return None, update
+    average = aggregate(update, weight, state)
+    outbox.update(clients=0, sums=[], updates=[])
     unflatten_parameters(parameters, start + average)
     return average, update

@@ -55,6 +55,7 @@ CASES = {
     "trimmed_mean": case("trimmed_mean", [[*UPDATES, [0.0, 9.0, 1.0, 3.0]]], [1.0] * 4, trim_fraction=0.25),
     "krum": case("krum", num_malicious=0),
     "none": case("none"),
+    "two sums": case("two_sums"),
     "svd": product_case("svd"),
     "svd of equals": case("svd", [torch.ones(3, 18)], WEIGHTS, torch.arange(18.0) - 9, [(2, 5), (4, 2)]),
     "flower FedAvg": random_case("fedavg"),
@@ -87,7 +88,7 @@ def averages(results):
 
 
 def test_every_strategy_has_a_case():
-    assert {value["aggregate"] for value in CASES.values()} == set(utils.AGGREGATORS)
+    assert {value["aggregate"] for value in CASES.values()} == {*utils.AGGREGATORS, "two_sums"}
 
 
 def test_all_ranks_agree_whoever_plays_whom(results, tmp_path_factory):
@@ -172,6 +173,30 @@ def test_krum(averages):
 def test_none(results):
     for rank, result in enumerate(results):
         expect(result["averages"]["none"], UPDATES[rank], UPDATES[rank])
+
+
+def test_a_strategy_may_sum_twice_and_change_its_state_early(averages):
+    expect(averages["two sums"], MEAN, [2 * m for m in MEAN])
+
+
+def test_a_strategy_must_not_send_what_depends_on_a_result(tmp_path):
+    """One rank with two clients: when the first sends, there is no result yet."""
+
+    def dependent(update, weight, state):
+        norm = utils.sum_over_clients(update.norm())
+        return utils.sum_over_clients(update / norm)
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        model = torch.nn.ParameterList([torch.ones(3)])
+        utils.federated_average(model, 1, torch.zeros(3), aggregate=dependent, last=False)
+        with pytest.raises(RuntimeError, match="depends on results of the same round"):
+            utils.federated_average(model, 1, torch.zeros(3), aggregate=dependent)
+    finally:
+        utils.outbox.update(clients=0, sums=[], updates=[])
+        torch.distributed.destroy_process_group()
 
 
 # -----------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import utils
+
 COLLECTIVES = """all_reduce broadcast barrier all_gather all_gather_object all_to_all_single reduce gather scatter send
 recv send_object_list recv_object_list""".split()
 
@@ -31,7 +33,6 @@ def traced_rank(rank, args):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "ACCELERATE_USE_CPU": "true"}
     import federated
     import main
-    import utils
 
     trace = {"collectives": [], "batches": [], "learning_rates": [], "updates": [], "weights": []}
     note_collectives(trace["collectives"])
@@ -72,8 +73,6 @@ def traced_rank(rank, args):
 
 def average_rank(rank, folder, values):
     """Average `values[rank]`, the tensors of a client, plainly; writes down the result."""
-    import utils
-
     dist.init_process_group(
         "gloo", store=dist.FileStore(f"{folder}/store", len(values)), rank=rank, world_size=len(values)
     )
@@ -123,8 +122,6 @@ def identical_rank(flags, cases, rank, args):
 
 def resume_rank(flags, cases, rank, args):
     """Run every case to its end, and once more from the checkpoint before its last round."""
-    import utils
-
     for name, more in cases.items():
         flags_of_case, whole, half = (
             [*flags, *more.split()],
@@ -147,7 +144,6 @@ def gradients_rank(rank, args):
     """One rank plays all clients; writes down what is added to each step's gradient, and what it depends on."""
     import federated
     import main
-    import utils
 
     trace = []
 
@@ -192,11 +188,18 @@ def faulty_rank(fault, rank, args):
     main.run_rank(rank, args)
 
 
+def two_sums(update, weight, state):
+    """FedAvg as one would write it down, with a state that is changed before anything is sent."""
+    state["rounds"] = state.get("rounds", torch.zeros(1)).add_(1)
+    average = utils.sum_over_clients(weight * update) / utils.sum_over_clients(weight)
+    return average * state["rounds"]
+
+
 def strategies_rank(rank, folder, cases, world_size, shuffled):
     """Average the clients of every case, round by round; writes down the averages, and the aggregation error."""
     import federated
-    import utils
 
+    utils.AGGREGATORS["two_sums"] = two_sums
     dist.init_process_group(
         "gloo", store=dist.FileStore(f"{folder}/store", world_size), rank=rank, world_size=world_size
     )
