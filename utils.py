@@ -272,9 +272,9 @@ def sum_over_clients(*terms):
         part += term.reshape(-1).to(sums.device)
     if outbox["last"]:
         dist.all_reduce(sums)  # all ranks participate
-    results = [part.float().view_as(term) for part, term in zip(sums.split(sizes), terms)]
-    if not outbox["last"]:
-        results = [result.to("meta") for result in results]
+        results = [part.float().view_as(term) for part, term in zip(sums.split(sizes), terms)]
+    else:
+        results = [torch.empty(term.shape, device="meta") for term in terms]
     return results if len(results) > 1 else results[0]
 
 
@@ -319,21 +319,21 @@ def diloco(update, weight, state, server_lr=0.7, server_momentum=0.9):
     return server_lr * (average + server_momentum * state["momentum"])
 
 
-def fedadagrad(update, weight, state, server_lr=1e-2, server_momentum=0.0, server_tau=1e-3):
+def fedadagrad(update, weight, state, server_lr=3e-2, server_momentum=0.0, server_tau=1e-3):
     """Adagrad on the server. FedAdagrad, Reddi et al. 2021 (arXiv:2003.00295)."""
     average = fedavg(update, weight, state)
     state["second"] = state.get("second", server_tau**2) + average**2
     return adaptive_step(average, state, server_lr, server_momentum, server_tau)
 
 
-def fedadam(update, weight, state, server_lr=1e-2, server_momentum=0.9, server_beta2=0.99, server_tau=1e-3):
+def fedadam(update, weight, state, server_lr=3e-3, server_momentum=0.9, server_beta2=0.99, server_tau=1e-3):
     """Adam on the server, without bias correction. FedAdam, Reddi et al. 2021 (arXiv:2003.00295)."""
     average = fedavg(update, weight, state)
     state["second"] = server_beta2 * state.get("second", server_tau**2) + (1 - server_beta2) * average**2
     return adaptive_step(average, state, server_lr, server_momentum, server_tau)
 
 
-def fedyogi(update, weight, state, server_lr=1e-2, server_momentum=0.9, server_beta2=0.99, server_tau=1e-3):
+def fedyogi(update, weight, state, server_lr=3e-3, server_momentum=0.9, server_beta2=0.99, server_tau=1e-3):
     """Yogi on the server. FedYogi, Reddi et al. 2021 (arXiv:2003.00295)."""
     average = fedavg(update, weight, state)
     second = state.get("second", torch.full_like(average, server_tau**2))
