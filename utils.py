@@ -260,8 +260,9 @@ def sum_over_clients(*terms):
     terms = [torch.as_tensor(term) for term in terms]
     sizes = [term.numel() for term in terms]
     number, outbox["calls"] = outbox["calls"], outbox["calls"] + 1
-    if number == len(outbox["sums"]):
-        outbox["sums"].append([0, torch.zeros(sum(sizes), dtype=torch.float64, device=communication_device())])
+    first = number == len(outbox["sums"])
+    if first:
+        outbox["sums"].append([0, torch.empty(sum(sizes), dtype=torch.float64, device=communication_device())])
     outbox["sums"][number][0] += not any(term.is_meta for term in terms)
     senders, sums = outbox["sums"][number]
     if senders != outbox["clients"]:
@@ -269,7 +270,8 @@ def sum_over_clients(*terms):
             "what clients send depends on results of the same round: one client a rank, or gather_shards"
         )
     for part, term in zip(sums.split(sizes), terms):
-        part += term.reshape(-1).to(sums.device)
+        term = term.reshape(-1).to(sums.device)
+        part.copy_(term) if first else part.add_(term)
     if outbox["last"]:
         dist.all_reduce(sums)  # all ranks participate
         results = [part.float().view_as(term) for part, term in zip(sums.split(sizes), terms)]
@@ -578,5 +580,7 @@ def federated_average(
         return None, update
     average = aggregate(update, weight, state)
     outbox.update(clients=0, sums=[], updates=[])
-    unflatten_parameters(parameters, start + average)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, before, change in zip(parameters, start.split(sizes), average.split(sizes)):
+        parameter.data.copy_((before + change).view_as(parameter))  # tensor by tensor, which stays in the cache
     return average, update

@@ -4,6 +4,7 @@ Both are measured in turn in one run, in P parameters in 448 tensors (as in 32 l
 highest that the call adds to a rank, in vectors of P floats. The update and the start of the round are among them.
 """
 
+import os
 import statistics
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import main
 import utils
 
 REPEATS, TENSORS = 7, 448
@@ -82,6 +84,7 @@ def rank_main(rank, world_size, store):
 
 
 if __name__ == "__main__":
+    os.environ |= main.KEEP_FREED_MEMORY
     print("| P of | ranks | strategy | bare all-reduce, s | federated_average, s | ratio | vectors of P |")
     print("|---|---|---|---|---|---|---|")
     for world_size in (2, 4):
