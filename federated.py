@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch.utils.data import DataLoader
 from torchmetrics.text import SQuAD
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, TrainerCallback
@@ -39,7 +40,8 @@ GLOBAL_EVAL_ROWS = 512  # at most so many of the global held-out rows are evalua
 ANSWERED_ROWS = 96  # held-out questions that are answered before and after training, for exact match and F1
 MAX_NEW_TOKENS = 32
 KEPT_CHECKPOINTS = 2
-DRIFT_COORDINATES = 2**18  # of an update are kept to compare it with the average: 1 MB per client of the round
+DRIFT_FLOATS = 2**21  # of all updates of a round are kept to compare them with the average: 8 MB, so many of each
+MEASURED_ADAPTERS = 16  # of a round are kept for the aggregation error; of more clients, only some of the layers
 HINTED_ERROR = 0.1  # from this aggregation error on, a run is told once what can be done about it
 
 # -----------------------------------------------------------------------------
@@ -204,8 +206,6 @@ def build_trainer(rank, args, device, model, tokenizer, data):
     trainer = LocalTrainer(model=model, args=config, train_dataset=data.train, processing_class=tokenizer)
     trainer.federated_steps = [(n - 1) * args.local_steps + i for n, _ in data.turns for i in range(args.local_steps)]
     trainer.remove_callback(PrinterCallback)
-    if trainer.accelerator.num_processes != 1:
-        raise RuntimeError(f"rank {rank}: accelerate sees other ranks, and would average every gradient (DDP)")
     for parameter in lora_parameters(model):
         parameter.data = parameter.data.float()  # TRL makes the adapters of a 4-bit model bf16, too coarse to average
     return trainer
@@ -220,7 +220,9 @@ def evaluate(trainer, rows):
     """Return (loss, tokens) over the answer tokens of `rows`: the sum of the loss in nats, and their number."""
     trainer.model.eval()
     loss, tokens = 0.0, 0
-    for batch in trainer.get_eval_dataloader(rows) if len(rows) else ():
+    batch_size, collate = trainer.args.per_device_eval_batch_size, trainer.data_collator
+    for batch in DataLoader(rows.select_columns(["input_ids", "labels"]), batch_size, collate_fn=collate):
+        batch = trainer._prepare_inputs(batch)
         tokens += (batch["labels"][:, 1:] != -100).sum().item()
         with trainer.compute_loss_context_manager():
             loss += trainer.compute_loss(trainer.model, batch, num_items_in_batch=1).item()  # divided by 1: the sum
@@ -274,10 +276,13 @@ class FederatedRounds(TrainerCallback):
         # what stays with its client, FedSA's B or all of it; then every client has a model of its own
         self.private = [p for n, p in self.model.named_parameters() if trained in n and shared not in n]
         self.staging = Path(args.output_dir, f"{utils.CLIENT_MODELS if self.private else utils.GLOBAL_MODEL}.tmp")
+        self.strategy = make_strategy(args)
         self.states = [{} for _ in self.variant]  # of the averaging strategy; RoLoRA's A and B have one each
         self.records = {}  # client -> what it leaves in host memory between its turns, on the rank that last played it
         self.current = None  # the client whose moments are in the optimizer, and whose private tensors in the model
         self.alone = len({client for _, client in data.turns}) == 1  # one client from first to last: nothing to change
+        every = -(-args.clients_per_round // MEASURED_ADAPTERS)
+        self.measured = [p for i in range(0, len(self.lora), 2 * every) for p in self.lora[i : i + 2]]  # A and B
         self.reports, self.kept, self.checked, self.hinted = [], [], False, False
         self.lengths = trainer.train_dataset["length"]
         self.bar = tqdm(
@@ -288,7 +293,8 @@ class FederatedRounds(TrainerCallback):
         self.optimizer = optimizer.optimizer  # without accelerate's wrapper
         folder = self.args.resume_from
         if folder:  # the trainer has loaded this rank's adapter and moments
-            saved = torch.load(Path(folder, "strategy.pt"), weights_only=True)
+            device = utils.communication_device()
+            saved = torch.load(Path(folder, "strategy.pt"), weights_only=True, map_location=device)
             self.states, self.first_private, self.control = saved["states"], saved["first_private"], saved["control"]
             self.records = torch.load(Path(folder, f"rank_{self.rank}", "clients.pt"), weights_only=True)
             self.current = self.data.turns[0][1] if self.alone else None  # otherwise it is in the records, as all are
@@ -299,6 +305,8 @@ class FederatedRounds(TrainerCallback):
             self.first_private = utils.flatten_parameters(self.private).cpu()  # of every client's first turn
             # SCAFFOLD's c: the mean of what all clients' mean gradients were in their last turns
             self.control = utils.flatten_parameters(self.shared(1)).zero_() if self.args.scaffold else None
+        self.parameters = self.shared(1)
+        self.start = utils.flatten_parameters(self.parameters)
         self.check_start(lr_scheduler.get_last_lr()[0])
         self.bar.update(state.global_step)
         self.clock = time.perf_counter()
@@ -314,7 +322,7 @@ class FederatedRounds(TrainerCallback):
                 parameter.grad.add_(parameter.detach() - anchor, alpha=self.args.prox_mu)
         if self.args.scaffold:  # Karimireddy et al. 2020 (arXiv:1910.06378)
             for parameter, total, correction in zip(self.parameters, self.gradients, self.corrections):
-                total += parameter.grad
+                total += parameter.grad.nan_to_num(0, 0, 0)  # fp16 may overflow, and the step is then skipped
                 parameter.grad += correction
 
     def on_optimizer_step(self, args, state, control, lr_scheduler, **kwargs):
@@ -327,16 +335,20 @@ class FederatedRounds(TrainerCallback):
 
     # ---- the turn of a client
 
+    def parts(self, number):
+        """Return what is trained and what is shared in round `number`, by a part of their names."""
+        return self.variant[(number - 1) % len(self.variant)]
+
     def shared(self, number):
         """Return the parameters that are shared in round `number`."""
-        return utils.shared_parameters(self.model, self.variant[(number - 1) % len(self.variant)][1])
+        return utils.shared_parameters(self.model, self.parts(number)[1])
 
     def begin_turn(self, index):
         """Bring in the client of this turn, as it was after its last one, and at the start of the round."""
         args, (number, client) = self.args, self.data.turns[index]
         if index == 0 or self.data.turns[index - 1][0] != number:  # a new round
             for name, parameter in self.model.named_parameters() if len(self.variant) > 1 else ():
-                parameter.requires_grad = self.variant[(number - 1) % len(self.variant)][0] in name
+                parameter.requires_grad = self.parts(number)[0] in name
             self.parameters = self.shared(number)
             self.start = utils.flatten_parameters(self.parameters)
             self.move_clients(self.data.plan[number - 1][1])
@@ -396,13 +408,14 @@ class FederatedRounds(TrainerCallback):
             "client": client,
             "train_loss": trainer._tr_loss.item() / args.local_steps,
             "tokens": sum(self.lengths[index * per_turn : (index + 1) * per_turn]),
+            "skipped": trainer.accelerator.optimizer_step_was_skipped,  # by the gradient scaler of fp16
         }
         trainer._tr_loss.zero_()  # the trainer's running sum, left to us as the trainer logs nothing itself
         if self.private or not self.checked:
             mine["local_digest"] = digest(utils.flatten_parameters(self.lora))
         weight = self.data.num_train[client]
-        if self.measures_error(number):
-            self.kept.append((client, weight, utils.flatten_parameters(self.lora)))
+        if self.is_due(number, args.eval_rounds) and not self.private:
+            self.kept.append((client, weight, utils.flatten_parameters(self.measured)))
         if args.scaffold:  # c_i becomes the mean of this turn's gradients: no SGD algebra, so it holds for AdamW too
             record, gradients = self.records[client], utils.flatten_parameters(self.gradients) / args.local_steps
             self.change = self.change if self.reports else torch.zeros_like(gradients, dtype=torch.float64)
@@ -416,13 +429,13 @@ class FederatedRounds(TrainerCallback):
             args.world_size,
             self.start,
             weight,
-            make_strategy(args),
+            self.strategy,
             self.states[(number - 1) % len(self.states)],
-            part=self.variant[(number - 1) % len(self.variant)][1],
+            part=self.parts(number)[1],
             client=client,
             last=last,
         )
-        mine["sample"] = sample_coordinates(update)
+        mine["sample"] = sample_coordinates(update, DRIFT_FLOATS // args.clients_per_round)
         self.reports.append(mine)
         if last:
             if args.scaffold:
@@ -431,12 +444,6 @@ class FederatedRounds(TrainerCallback):
             self.finish_round(number, average, seconds)
 
     # ---- the end of a round
-
-    def measures_error(self, number):
-        """Whether the aggregation error is measured in this round: it needs all clients' adapters at once."""
-        shares_both = not self.private
-        room = self.args.client_state == "keep" or self.args.clients_per_round == self.args.world_size
-        return self.is_due(number, self.args.eval_rounds) and shares_both and room
 
     def is_due(self, number, rounds):
         return number % rounds == 0 or number == self.args.num_rounds
@@ -449,13 +456,13 @@ class FederatedRounds(TrainerCallback):
         norm = torch.linalg.vector_norm(average).item()
         self.start = utils.flatten_parameters(self.parameters)
         shared = digest(self.start)
-        sample = sample_coordinates(average)
+        sample = sample_coordinates(average, DRIFT_FLOATS // args.clients_per_round)
         for mine in self.reports:
             distance = torch.linalg.vector_norm(mine.pop("sample") - sample)
             mine["drift"] = (distance / torch.linalg.vector_norm(sample)).item() if norm else 0.0
         seconds["average"] = self.lap()
 
-        error = utils.product_error(self.kept, [p.shape for p in self.lora]) if self.kept else None
+        error = utils.product_error(self.kept, [p.shape for p in self.measured]) if self.kept else None
         self.kept = []
         everyone = {"memory": peak_memory(), "shared": shared, "reports": self.reports}
         if self.is_due(number, args.eval_rounds):
@@ -537,7 +544,7 @@ class FederatedRounds(TrainerCallback):
             file.write(json.dumps(entry) + "\n")
         self.trainer.log({name: value for name, value in entry.items() if isinstance(value, float)})
         self.bar.write(report.round_line(args, entry))
-        if (error or 0) > HINTED_ERROR and not self.hinted:
+        if (error or 0) > HINTED_ERROR and not self.hinted and args.aggregator != "svd":
             self.hinted = True
             self.bar.write(
                 f"  averaging A and B apart makes an error of {error:.0%} of the product that they stand for here; "
@@ -556,7 +563,8 @@ class FederatedRounds(TrainerCallback):
         mine = {
             "wrapped": type(self.trainer.model_wrapped).__name__,
             "processes": self.trainer.accelerator.num_processes,
-            "start": digest(utils.flatten_parameters(self.shared(1))),
+            # on resume, what is private differs
+            "start": digest(self.start if self.args.resume_from else utils.flatten_parameters(self.lora)),
             "learning_rate": learning_rate,
             "fresh": self.fresh_rows(),
         }
@@ -590,14 +598,14 @@ class FederatedRounds(TrainerCallback):
 
     def check_average(self, ranks, clients):
         """Check that clients were apart before the averaging, and ranks equal after it; every rank takes part."""
-        after = len({rank["shared"] for rank in ranks})
+        args, after = self.args, len(set(by_name("shared", ranks)))
         if not self.checked:
-            before = len({client["local_digest"] for client in clients})
-            skipped = self.trainer.accelerator.optimizer_step_was_skipped  # by the gradient scaler of fp16
-            self.check(
-                (before == len(clients) or skipped) and after == 1,
-                f"federated: {len(clients)} client(s) with {before} adapter(s) before the averaging, {after} after it",
-            )
+            before = len(set(by_name("local_digest", clients)))
+            apart = before == len(clients) or any(by_name("skipped", clients))
+            text = f"{len(clients)} client(s) with {before} adapter(s) before the averaging, {after} after it"
+            if args.aggregator == "none":
+                text = f"{len(clients)} client(s) with {before} adapter(s), and no averaging"
+            self.check(apart and after == 1, f"federated: {text}")
             self.checked = True
         elif after > 1:
             self.check(False, f"federated: {after} adapters after the averaging")
@@ -652,9 +660,9 @@ def load_moments(optimizer, moments):
                 value.zero_()
 
 
-def sample_coordinates(vector):
-    """Return at most DRIFT_COORDINATES evenly spaced values of a vector (P,); an odd stride meets every column."""
-    stride = -(-len(vector) // DRIFT_COORDINATES)
+def sample_coordinates(vector, size):
+    """Return at most `size` evenly spaced values of a vector (P,); an odd stride meets every column of the matrices."""
+    stride = -(-len(vector) // size)
     return vector[:: stride | 1 if stride > 1 else 1].clone()
 
 
@@ -697,8 +705,8 @@ def local_train(rank, args):
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # more threads would round otherwise, and the adapter would depend on the number of ranks
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # whatever the number of ranks: with more threads, sums are rounded otherwise
     torch.manual_seed(args.seed + rank)
     dist.init_process_group(
         args.backend,

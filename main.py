@@ -269,9 +269,7 @@ def find_checkpoint(args):
         fail(f"--resume: the run in {folder} was started with {changes}")
     newest = max(folder.glob("checkpoints/round_*"), default=None)
     last_round = round_of(newest)
-    if last_round == args.num_rounds and any(
-        (folder / name).exists() for name in (utils.GLOBAL_MODEL, utils.CLIENT_MODELS)
-    ):
+    if last_round == args.num_rounds and is_finished(folder):
         print(f"nothing to do: the run in {folder} is finished")
         raise SystemExit(0)
     print(f"resuming after round {last_round} of {args.num_rounds}", flush=True)
@@ -375,7 +373,7 @@ def find_rows(args):
         if not any(set(columns.split()) <= set(part.column_names) for columns in COLUMNS):
             forms = ", or ".join(f"{columns.replace(' ', ', ')} ({kind})" for columns, kind in COLUMNS.items())
             fail(f"--dataset_path {path}: needs the columns {forms}; found {', '.join(part.column_names)}")
-    if args.partition == "dirichlet" and not args.partition_column:
+    if not args.partition_column and (args.partition == "dirichlet" or "label" in rows.column_names):
         args.partition_column = "label"
     if args.partition_column and args.partition_column not in rows.column_names:
         found = ", ".join(rows.column_names)
@@ -424,17 +422,19 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
     datasets.disable_progress_bars()
     datasets.DatasetDict(splits).save_to_disk(f"{folder}/data")
 
-    labels = rows.select(kept["train"])[args.partition_column] if args.partition_column else None
-    parts, global_part = deal_rows(args, len(splits["train"]), bool(held_out), labels)
+    labels = [str(value) for value in rows[args.partition_column]] if args.partition_column else None
+    names = sorted(set(labels)) if args.partition == "column" else None  # of the clients
+    labels = labels and [labels[i] for i in kept["train"]]
+    parts, global_part = deal_rows(args, len(splits["train"]), bool(held_out), labels, names)
     split = {"clients": [part.tolist() for part in parts], "held_out": global_part.tolist()}
     Path(folder, "data", "parts.json").write_text(json.dumps(split), encoding="utf-8")
     return report.partition_record(args, parts, global_part, kept["train"], labels)
 
 
-def deal_rows(args, num_rows, has_held_out, labels):
+def deal_rows(args, num_rows, has_held_out, labels, names):
     """Return the rows of every client, and the global held-out rows that are taken from the training rows.
 
-    `labels` are the values of --partition_column, one per row, or None.
+    `labels` are the values of --partition_column, one per row, or None; `names` those of which each is a client.
     """
     parts = utils.split_evenly(num_rows, args.num_clients + (not has_held_out), args.seed)
     global_part = np.array([], dtype=int) if has_held_out else parts.pop()
@@ -445,14 +445,15 @@ def deal_rows(args, num_rows, has_held_out, labels):
         "dirichlet": "raise --dirichlet_alpha, lower --num_clients, or try another --seed",
         "column": "drop the rows of that value, or name another --partition_column",
     }
-    if len(parts) < args.num_clients:
-        fail(f"--partition column: no row of one of the {args.num_clients} clients is left; raise --max_length")
+    if names:  # a client may have lost all its rows
+        own = {labels[part[0]]: part for part in parts}
+        parts = [own.get(name, []) for name in names]
     for k, part in enumerate(parts):
         if len(part) < 2:
-            name = f" ({labels[part[0]]})" if args.partition == "column" else ""
+            client = f"client {k} ({names[k]})" if names else f"client {k}"
             fail(
-                f"--partition {args.partition}: client {k}{name} gets {len(part)} row(s), and needs 2, one of them to "
-                f"hold out; {ways.get(args.partition, 'lower --num_clients')}"
+                f"--partition {args.partition}: {client} gets {len(part)} row(s), and needs 2, one to hold out; "
+                + ways.get(args.partition, "lower --num_clients")
             )
     return parts, global_part
 

@@ -20,7 +20,7 @@ def partition_record(args, parts, held_out, row_numbers, labels):
     for k, part in enumerate(parts):
         client = {"client": k, "rows": sorted(row_numbers[i] for i in part)}
         if labels is not None:
-            client["labels"] = dict(sorted(collections.Counter(str(labels[i]) for i in part).items()))
+            client["labels"] = dict(sorted(collections.Counter(labels[i] for i in part).items()))
         clients.append(client)
     return {
         "partition": args.partition,
@@ -81,7 +81,8 @@ def print_header(args, data, shared, client_bytes):
         playing = {client for shares, _ in data.plan for share in shares for client in share}
         lines.append(
             f"  absent     --client_state {args.client_state}: {client_bytes / 1e6:.1f} MB of host memory per client, "
-            f"{client_bytes * len(playing) / 1e9:.2f} GB for the {len(playing)} that will play"
+            f"{client_bytes * len(playing) / 1e9:.2f} GB for the {len(playing)} that will play, "
+            "and as much in a checkpoint"
         )
     print("\n".join(lines), flush=True)
 

@@ -150,8 +150,8 @@ def partition_rows(rows, num_clients, kind="iid", values=None, alpha=0.5, seed=4
         shares = 1 / np.arange(1, num_clients + 1)
         sizes = 2 + shares / shares.sum() * (len(rows) - 2 * num_clients)
         return np.split(rows, np.rint(sizes.cumsum()).astype(int)[:-1])
-    values = np.asarray(values, dtype=str)[rows]
-    groups = [rows[values == value] for value in np.unique(values)]
+    values = np.array([str(value) for value in values], dtype=object)[rows]
+    groups = [rows[values == value] for value in sorted(set(values))]
     if kind == "column":
         return groups
     rng, parts = np.random.default_rng(seed), []
@@ -287,6 +287,8 @@ def gather_shards(update, weight, sizes=None):
     sizes[rank] of them, so that nobody has all of all clients; `join_shards` is the way back. Every rank takes part.
     """
     outbox["updates"].append((outbox["client"], weight, update))
+    if len(outbox["updates"]) != outbox["clients"]:
+        raise RuntimeError("gather_shards may be called once a round: pass it all that is needed, as one vector")
     if not outbox["last"]:
         raise Sent
     return exchange(outbox["updates"], sizes or even_sizes(update.numel()))
@@ -355,10 +357,12 @@ def norm_clip(update, weight, state, clip_norm=1.0):
 
 def median(update, weight, state):
     """Median of each coordinate, unweighted. Yin et al. 2018 (arXiv:1803.01498)."""
-    values, _ = gather_shards(update, weight)
-    n = len(values)
-    middle = by_coordinate(lambda ordered: (ordered[(n - 1) // 2] + ordered[n // 2]) / 2, values)
-    return join_shards(middle, even_sizes(len(update)))
+
+    def middle(ordered):
+        n = len(ordered)
+        return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+
+    return join_shards(by_coordinate(middle, gather_shards(update, weight)[0]), even_sizes(len(update)))
 
 
 def trimmed_mean(update, weight, state, trim_fraction=0.2):
@@ -366,10 +370,12 @@ def trimmed_mean(update, weight, state, trim_fraction=0.2):
 
     Of n clients, int(trim_fraction * n) are cut at either end.
     """
-    values, _ = gather_shards(update, weight)
-    cut = int(trim_fraction * len(values))
-    mean = by_coordinate(lambda ordered: ordered[cut : len(ordered) - cut].mean(0), values)
-    return join_shards(mean, even_sizes(len(update)))
+
+    def mean(ordered):
+        cut = int(trim_fraction * len(ordered))
+        return ordered[cut : len(ordered) - cut].mean(dim=0)
+
+    return join_shards(by_coordinate(mean, gather_shards(update, weight)[0]), even_sizes(len(update)))
 
 
 def krum(update, weight, state, num_malicious=1):
@@ -377,7 +383,7 @@ def krum(update, weight, state, num_malicious=1):
     values, _ = gather_shards(update, weight)
     gram = sum(block.double() @ block.double().T for block in values.split(BLOCK, dim=1))
     dist.all_reduce(gram)  # all ranks participate
-    squares = (gram.diag()[:, None] + gram.diag() - 2 * gram).sort(dim=1).values  # column 0: to itself
+    squares = (gram.diag()[:, None] + gram.diag() - gram - gram.T).sort(dim=1).values  # column 0: to itself
     chosen = squares[:, 1 : len(gram) - num_malicious - 1].sum(dim=1).argmin()
     return join_shards(values[chosen], even_sizes(len(update)))
 
@@ -510,22 +516,28 @@ def product_error(clients, shapes):
     """Return how wrong it is to average A and B instead of B A: ||sum p (B-mean B)(A-mean A)|| / ||sum p B A||.
 
     Frobenius norms over all layers. `clients` holds (client, weight, parameters (P,)) of this rank's clients. By Gram
-    matrices of the factors: no product is formed. Every rank takes part, each with some of the layers.
+    matrices of the factors, or densely where those are larger. Every rank takes part, each with some of the layers.
     """
     layers, sizes = deal_layers(shapes)
     values, weights = exchange(clients, sizes)
     p = (weights / weights.sum())[:, None, None]
 
-    def squared_norm(a, b):  # of the sum of the p[i] b[i] @ a[i]: the inner product of two Gram matrices
+    def squared_norm(a, b):  # of the sum of the p[i] b[i] @ a[i], (d, k)
         left, right = (p * b).transpose(0, 1).flatten(1), a.flatten(0, 1)
-        return ((left.T @ left) * (right @ right.T)).sum()
+        if (
+            len(right) * (len(left) + right.shape[1]) > left.shape[0] * right.shape[1]
+        ):  # more clients than that is large
+            return (left @ right).square().sum()
+        return ((left.T @ left) * (right @ right.T)).sum()  # the inner product of two Gram matrices
 
     squares = torch.zeros(2, dtype=torch.float64, device=values.device)
-    for a, b in layer_factors(values.double(), layers[dist.get_rank()]):
+    for a, b in layer_factors(values, layers[dist.get_rank()]):
+        a, b = a.double(), b.double()
         squares[0] += squared_norm(a - (p * a).sum(0), b - (p * b).sum(0))
         squares[1] += squared_norm(a, b)
     dist.all_reduce(squares)  # all ranks participate
-    return (squares[0].clamp_min(0) / squares[1]).sqrt().item()  # what should be zero may be rounded below it
+    error, norm = squares.clamp_min(0).tolist()  # what should be zero may be rounded below it
+    return (error / norm) ** 0.5 if norm else 0.0
 
 
 # -----------------------------------------------------------------------------
@@ -573,7 +585,8 @@ def federated_average(
     outbox["clients"] += 1
     if not last:
         try:
-            aggregate(update, weight, copy.deepcopy(state))
+            own = {name: value for name, value in state.items() if name not in ("start", "shapes")}
+            aggregate(update, weight, state | copy.deepcopy(own))
         except Exception:  # of the server's part, which has nothing to work on
             if not outbox["calls"] and len(outbox["updates"]) < outbox["clients"]:
                 raise

@@ -202,14 +202,17 @@ def test_scaffold_with_identical_clients_is_fedavg(small_inputs, sample_rows, tm
     ("fault", "line"),
     [
         ("curve from zero", "✗ learns from the first step on: learning rate 0.00e+00"),
+        ("ddp", "✗ no DDP: every rank trains a DistributedDataParallel of its own"),
         ("own start", "✗ same start: "),
+        ("own start --lora_variant ffa", "✗ same start: "),
         ("shared gradients", "✗ federated: 2 client(s) with 1 adapter(s) before the averaging, 1 after it"),
         ("same rows", "✗ fresh data next round: 0 of 2 rows of second turns are not in the first"),
     ],
 )
 def test_a_failed_self_check_ends_the_run_with_exit_code_3(small_inputs, tmp_path, fault, line):
     flags = "--world_size 2 --num_rounds 2 --local_steps 1 --warmup_steps 1".split()
-    flags += [*small_inputs, "--output_dir", str(tmp_path)]
+    fault, *more = fault.split(" --")
+    flags += [*small_inputs, "--output_dir", str(tmp_path), *(f"--{flag}".replace(" ", "=") for flag in more)]
     code = f"""
 import functools, main, workers
 if __name__ == "__main__":

@@ -107,6 +107,18 @@ def test_bad_files(refused, tmp_path):
     assert "row has not the form of its kind" in refused("--dataset_path", odd)
 
 
+def test_bad_clients(refused, tmp_path):
+    """A client without rows is named, by the value it stands for where it stands for one."""
+    rows = [{"prompt": "a", "completion": "b", "ward": "north" if i else "south"} for i in range(50)]
+    flags = ["--partition", "column", "--partition_column", "ward", "--dataset_path"]
+    line = refused(*flags, write_rows(tmp_path / "rows.jsonl", rows))
+    assert "client 1 (south) gets" in line and "and needs 2" in line
+    lists = [{"prompt": "a", "completion": "b", "ward": ["x"] * (i % 3)} for i in range(50)]
+    assert "row(s), and needs 2" not in refused(
+        *flags, write_rows(tmp_path / "lists.jsonl", lists), "--model_name", "./nowhere"
+    )
+
+
 def test_bad_output_dir(refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write to --output_dir" in refused("--output_dir", tmp_path / "file")

@@ -176,6 +176,14 @@ def faulty_rank(fault, rank, args):
         federated.LocalTrainer.create_scheduler = trl.SFTTrainer.create_scheduler
     elif fault == "own start":
         dist.broadcast = lambda *args, **kwargs: None
+    elif fault == "ddp":
+        original = federated.FederatedRounds.on_train_begin
+
+        def wrapped(self, *args, **kwargs):
+            self.trainer.model_wrapped = torch.nn.parallel.DistributedDataParallel(self.model)
+            original(self, *args, **kwargs)
+
+        federated.FederatedRounds.on_train_begin = wrapped
     elif fault == "shared gradients":
 
         def average_gradients(self, *args, **kwargs):
