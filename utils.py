@@ -478,7 +478,10 @@ def exchange(updates, sizes):
 
 def by_coordinate(function, values):
     """Apply `function` (clients, block) -> (block,) to `values` (clients, C), sorted by size within each coordinate."""
-    return torch.cat([function(block.sort(dim=0).values) for block in values.split(BLOCK, dim=1)])
+    results = values.new_empty(values.shape[1])
+    for block, result in zip(values.split(BLOCK, dim=1), results.split(BLOCK)):
+        result.copy_(function(block.sort(dim=0).values))
+    return results
 
 
 def deal_layers(shapes):

@@ -143,7 +143,7 @@ STATEFUL |= {
 
 @pytest.fixture(scope="module")
 def resumed(small_inputs, tmp_path_factory):
-    """A folder with two runs of every case, the second resumed before its last round; clients move."""
+    """A folder with three runs of every case, two of them resumed before and after the last round; clients move."""
     folder = tmp_path_factory.mktemp("resumed")
     flags = "--world_size 2 --num_clients 8 --clients_per_round 4 --num_rounds 4 --seed 6 --local_steps 1".split()
     flags += "--eval_rounds 1 --learning_rate 1e-2 --per_device_train_batch_size 1".split() + small_inputs
@@ -158,7 +158,8 @@ def test_resume_of_everything_that_has_a_state(resumed, name):
     assert len(whole) == len(half) == 4
     for key in ("digest", "train_loss", "eval_loss", "client_drift", "clients"):
         assert [entry[key] for entry in whole] == [entry[key] for entry in half], key
-    assert torch.equal(read_adapters(resumed / name), read_adapters(resumed / f"{name}_half"))
+    for copy in ("half", "end"):
+        assert torch.equal(read_adapters(resumed / name), read_adapters(resumed / f"{name}_{copy}"))
     assert utils.plan_rounds(8, 4, 4, 2, seed=6)[3][1]  # in the last round, clients have moved to the other rank
 
 

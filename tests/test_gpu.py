@@ -1,6 +1,7 @@
 """What only a GPU can show: NCCL, bf16, the 4-bit kernels and the paged optimizer; skipped without one."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,3 +44,27 @@ def test_stop_and_resume(tmp_path):
     resumed = (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()
     assert len(resumed) == len(whole)
     assert json.loads(resumed[-1])["eval_loss"] == pytest.approx(json.loads(whole[-1])["eval_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--aggregator median --scaffold",
+        "--aggregator svd --optim paged_adamw_8bit",
+        "--aggregator krum --client_state reset",
+        "--lora_variant fedsa --prox_mu 0.1",
+    ],
+)
+def test_one_rank_plays_five_clients(tmp_path, flags):
+    """What the strategies, the clients' moments and the control variates do with tensors on the GPU; and resumed."""
+    flags = [*FLAGS, *flags.split(), "--world_size", 1, "--num_clients", 5, "--save_rounds", 1, "--lora_r", 64]
+    process = run_main(*flags, "--output_dir", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+    whole = [json.loads(line) for line in (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()]
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "round_00003")
+    for name in ("federated_global_model", "client_models"):
+        shutil.rmtree(tmp_path / "out" / name, ignore_errors=True)
+    process = run_main(*flags, "--output_dir", tmp_path / "out", "--resume")
+    assert process.returncode == 0, process.stderr
+    again = [json.loads(line) for line in (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()]
+    assert len(again) == 3 and again[-1]["eval_loss"] == pytest.approx(whole[-1]["eval_loss"], rel=1e-2)

@@ -121,23 +121,21 @@ def identical_rank(flags, cases, rank, args):
 
 
 def resume_rank(flags, cases, rank, args):
-    """Run every case to its end, and once more from the checkpoint before its last round."""
+    """Run every case to its end, and again from the checkpoint before its last round (half) and after it (end)."""
     for name, more in cases.items():
-        flags_of_case, whole, half = (
-            [*flags, *more.split()],
-            f"{args.output_dir}/{name}",
-            f"{args.output_dir}/{name}_half",
-        )
+        flags_of_case, whole = [*flags, *more.split()], f"{args.output_dir}/{name}"
         run_case(whole, flags_of_case, rank, args)
-        if rank == 0:
-            last = max(entry["round"] for entry in utils.read_rounds(whole))
-            gone = shutil.ignore_patterns(f"round_{last:05d}", "client_models", "federated_global_model")
-            shutil.copytree(whole, f"{half}.tmp", ignore=gone)
-            utils.cut_back_logs(f"{half}.tmp", last - 1)
-            os.rename(f"{half}.tmp", half)
-        while not os.path.exists(half):
-            time.sleep(0.01)
-        run_case(half, flags_of_case, rank, args, resume_from=next(Path(half, "checkpoints").glob("round_*")))
+        last = max(entry["round"] for entry in utils.read_rounds(whole))
+        for copy, resumed in ((f"{whole}_half", last - 1), (f"{whole}_end", last)):
+            if rank == 0:
+                later = f"round_{last:05d}" if resumed < last else "none"
+                gone = shutil.ignore_patterns(later, "client_models", "federated_global_model")
+                shutil.copytree(whole, f"{copy}.tmp", ignore=gone)
+                utils.cut_back_logs(f"{copy}.tmp", resumed)
+                os.rename(f"{copy}.tmp", copy)
+            while not os.path.exists(copy):
+                time.sleep(0.01)
+            run_case(copy, flags_of_case, rank, args, resume_from=max(Path(copy, "checkpoints").glob("round_*")))
 
 
 def gradients_rank(rank, args):

@@ -1,7 +1,8 @@
 """Averaging against one bare all-reduce of the same bytes: seconds and memory. python tests/benchmarks/averaging.py
 
-Both are measured in turn in one run, in P parameters in 448 tensors (as in 32 layers); medians of 7. Memory is the
-highest that the call adds to a rank, in vectors of P floats. The update and the start of the round are among them.
+Seconds: both in turn in one run, P parameters in 448 tensors (as in 32 layers), medians of 7 of the slowest rank.
+Memory: the highest that the first call adds to a rank, in vectors of P floats, by processes of their own; the start of
+the round and the update are among them.
 """
 
 import os
@@ -30,63 +31,70 @@ def memory(field):
     return 1024 * int(line.split()[1])
 
 
-def measure(function):
-    """Return the seconds that the slowest rank takes for `function`, and the bytes that it adds at its highest."""
-    dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
-    before, start = memory("VmRSS"), time.perf_counter()
-    result = function()
-    seconds, added = time.perf_counter() - start, memory("VmHWM") - before
-    del result
-    worst = torch.tensor([seconds, float(added)], dtype=torch.float64)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return worst.tolist()
+def make(world_size, rank, size):
+    """Return a function that averages a model of about `size` parameters by the strategy of a name."""
+    torch.manual_seed(rank)
+    model = torch.nn.ParameterList([torch.randn(size // TENSORS) for _ in range(TENSORS)])
+    start, states = torch.zeros(size // TENSORS * TENSORS), {name: {} for name in STRATEGIES}
+
+    def average(name):
+        function = utils.AGGREGATORS[name]
+        return utils.federated_average(model, world_size, start, 1.0 + rank, function, states[name])
+
+    return average
 
 
-def rank_main(rank, world_size, store):
+def time_rank(rank, world_size, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+
+    def seconds(function):
+        dist.barrier()
+        start = time.perf_counter()
+        function()
+        slowest = torch.tensor(time.perf_counter() - start)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return slowest.item()
+
     for label, size in SIZES.items():
-        torch.manual_seed(rank)
-        model = torch.nn.ParameterList([torch.randn(size // TENSORS) for _ in range(TENSORS)])
-        size = size // TENSORS * TENSORS
-        state = {}
-
-        def bare():
-            flat = torch.zeros(size + 1, dtype=torch.float64)  # what fedavg sends, weight included
-            start = time.perf_counter()
-            dist.all_reduce(flat)
-            return time.perf_counter() - start
-
-        def average(name):
-            start = torch.zeros(size)
-            return start, utils.federated_average(
-                model, world_size, start, 1.0 + rank, utils.AGGREGATORS[name], state.setdefault(name, {})
-            )
-
+        average, flat = make(world_size, rank, size), torch.zeros(size, dtype=torch.float64)
         measured = {"bare": [], **{name: [] for name in STRATEGIES}}
         for _ in range(REPEATS):
-            measured["bare"].append([bare(), 0])
+            measured["bare"].append(seconds(lambda: dist.all_reduce(flat)))
             for name in STRATEGIES:
-                measured[name].append(measure(lambda: average(name)))
-                if name != "fedadam":
-                    state.pop(name)
+                measured[name].append(seconds(lambda: average(name)))
+        base, *rest = (statistics.median(values) for values in measured.values())
         if rank == 0:
-            base = statistics.median(seconds for seconds, _ in measured.pop("bare"))
-            for name, values in measured.items():
-                seconds, added = (statistics.median(column) for column in zip(*values))
+            for name, value in zip(STRATEGIES, rest):
                 print(
-                    f"| {label} | {world_size} | {name} | {base:.3f} | {seconds:.3f} | {seconds / base:.2f} | "
-                    f"{added / 4 / size:.1f} |",
-                    flush=True,
+                    f"| {label} | {world_size} | {name} | {base:.3f} | {value:.3f} | {value / base:.2f} |", flush=True
                 )
     dist.destroy_process_group()
 
 
+def memory_rank(rank, world_size, store, name, label):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    average = make(world_size, rank, SIZES[label])
+    dist.all_reduce(torch.zeros(1 << 20))  # gloo's own buffers
+    before = memory("VmRSS") - 4 * SIZES[label]  # of which one vector is the start of the round
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+    average(name)
+    if rank == 0:
+        print(f"| {label} | {world_size} | {name} | {(memory('VmHWM') - before) / 4 / SIZES[label]:.1f} |", flush=True)
+    dist.destroy_process_group()
+
+
+def spawn(function, world_size, *args):
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(function, args=(world_size, f"{folder}/store", *args), nprocs=world_size)
+
+
 if __name__ == "__main__":
+    print("| P of | ranks | strategy | vectors of P |\n|---|---|---|---|")
+    for name in STRATEGIES:
+        spawn(memory_rank, 2, name, "Llama-3.1-8B, r=16")
     os.environ |= main.KEEP_FREED_MEMORY
-    print("| P of | ranks | strategy | bare all-reduce, s | federated_average, s | ratio | vectors of P |")
-    print("|---|---|---|---|---|---|---|")
+    print("| P of | ranks | strategy | bare all-reduce, s | federated_average, s | ratio |\n|---|---|---|---|---|---|")
     for world_size in (2, 4):
-        with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(rank_main, args=(world_size, f"{folder}/store"), nprocs=world_size)
+        spawn(time_rank, world_size)

@@ -1,4 +1,4 @@
-"""What many clients on a rank cost. python tests/benchmarks/clients.py FOLDER_OF_SMOLLM2
+"""What many clients on a rank cost. python tests/benchmarks/clients.py [FOLDER_OF_SMOLLM2]
 
 1. Changing clients, against 10 local steps: SmolLM2-135M, 4-bit, one rank that plays 2 clients, 6 turns.
 2. Memory of the largest of 2 ranks that play 8, 25, 50 and 100 clients a round: embedded model, --lora_r 64.
@@ -19,6 +19,7 @@ import main
 def timed_rank(rank, args):
     import federated
 
+    federated.ANSWERED_ROWS, federated.GLOBAL_EVAL_ROWS, federated.CLIENT_EVAL_ROWS = 1, 1, 1  # not what is timed
     entering, turns = [], []
 
     class TimedRounds(federated.FederatedRounds):
@@ -59,13 +60,17 @@ def memory():
     for clients in (8, 25, 50, 100):
         peaks = []
         for state in ("keep", "reset"):
-            flags = f"--world_size 2 --num_clients {clients} --client_state {state} --num_rounds 3 --local_steps 1"
+            number = 400 // clients  # rounds, for as many steps in all, as longer runs meet longer rows
+            flags = f"--world_size 2 --num_clients {clients} --client_state {state} --num_rounds {number}"
             with tempfile.TemporaryDirectory() as folder:
-                rounds = run(f"{flags} --lora_r 64 --eval_rounds 3 --save_rounds 3", folder)
-            peaks.append(rounds[1]["peak_memory_gb"])  # the last one is evaluated and saved
+                rounds = run(
+                    f"{flags} --local_steps 1 --lora_r 64 --eval_rounds {number} --save_rounds {number}", folder
+                )
+            peaks.append(rounds[-2]["peak_memory_gb"])  # the last one is evaluated and saved
         print(f"| {clients} | {peaks[0]:.3f} | {peaks[1]:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
-    change_clients(sys.argv[1])
+    if len(sys.argv) > 1:
+        change_clients(sys.argv[1])
     memory()
