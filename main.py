@@ -10,6 +10,8 @@ import os
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # before anything of Hugging Face is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# what a killed process has not given back is no news to the user
+os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
 
 import argparse
 import contextlib
@@ -18,12 +20,17 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import multiprocessing.connection
 import multiprocessing.forkserver
 import platform
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
+import time
+import traceback
 from pathlib import Path
 
 import datasets
@@ -53,7 +60,7 @@ ACCELERATE_USE_CPU ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_P
 ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".split()
 # for glibc: without it, a step on the CPU spends a tenth of its time on getting back pages that the last one has freed
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to timeout backend num_gpus versions".split()
+NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions".split()
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
 loss.png runs summary.json partition.json config.json""".split()  # --overwrite removes these, and config.json last
 
@@ -116,6 +123,7 @@ def parse_args(argv=None):
     add("--save_rounds", type=positive(int), help="rounds between checkpoints (default: a tenth of num_rounds)")
     add("--report_to", choices=TRACKERS, default="none", help="tracker, to be installed by yourself")
     add("--seed", type=seed, default=42, help="of the split, the order of the rows, the adapter and its dropout")
+    add("--restarts", type=not_negative_int, default=0, help="after a failure, start again from the last checkpoint")
     add("--timeout", type=positive(float), default=30, help="minutes that a rank waits for the others")
     add("--backend", choices=["nccl", "gloo"], help="(default: nccl with a GPU for every rank, otherwise gloo)")
     args = parser.parse_args(argv)
@@ -282,9 +290,10 @@ def open_output_dir(args, resume_from, partition):
     folder = Path(args.output_dir)
     for path in (path for pattern in RUN_FILES if args.overwrite for path in folder.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(folder / "checkpoints" / ("staging" if resume_from else ""), ignore_errors=True)
     if args.resume:
-        utils.cut_back_logs(folder, round_of(resume_from))
+        cut_back(folder, resume_from)
+    else:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     utils.write_aside(folder / "partition.json", json.dumps(partition) + "\n")
     utils.write_aside(folder / "config.json", json.dumps(resolved_config(args), indent=2) + "\n")
 
@@ -488,22 +497,105 @@ def start_imports():
     multiprocessing.forkserver.ensure_running()
 
 
-def launch(target, args):
-    """Run `target(rank, args)` in one process per rank, until all have ended; exit code 1 when one of them fails.
-
-    Exit code 3 when the ranks have found that they would not be federated.
-    """
+def guard(rank, target, args, parent):
+    """Run one rank so that it dies with its parent, and leaves word of how it ended in a file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent decides
+    threading.Thread(target=die_with, args=(parent,), daemon=True).start()
+    word = Path(f"{args.store_path}_{rank}")
     try:
-        if args.num_gpus:
-            mp.spawn(target, args=(args,), nprocs=args.world_size)
-        else:  # the same, from a process that has imported everything: 6.5 CPU-seconds and 490 MB less a rank
-            mp.start_processes(target, args=(args,), nprocs=args.world_size, start_method="forkserver")
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        if getattr(error, "exit_code", None) == 3:
-            print("main.py: a self-check failed, see its line; this would not be federated learning", file=sys.stderr)
-            raise SystemExit(3) from None
-        print(f"main.py: a rank failed; --resume continues from the last checkpoint\n{error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        target(rank, args)
+        word.write_text("finished")
+    except BaseException as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        advice = "; lower --per_device_train_batch_size, then --max_length" if out_of_memory else ""
+        said = [time.time(), f"{type(error).__name__}: {first_line(error)}{advice}", traceback.format_exc()]
+        word.write_text(json.dumps(said))
+        raise
+
+
+def die_with(parent):
+    """Wait until the other end of the pipe is closed, as it is when the parent ends, however it ends."""
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv()
+    os._exit(1)
+
+
+def launch(target, args):
+    """Run `target(rank, args)` in one process per rank; returns (exit code, message), (0, "") if all have finished."""
+    # from a process that has imported everything, on the CPU: 6.5 CPU-seconds and 490 MB less a rank
+    method = "spawn" if args.num_gpus else "forkserver"
+    parent, alive = multiprocessing.Pipe(duplex=False)  # nobody writes: its end tells the ranks that we have ended
+    processes = []
+    try:
+        context = mp.start_processes(
+            guard, args=(target, args, parent), nprocs=args.world_size, join=False, start_method=method
+        )
+        processes = context.processes
+        while running := [process.sentinel for process in processes if process.is_alive()]:
+            multiprocessing.connection.wait(running)
+            ended = [rank for rank, process in enumerate(processes) if not process.is_alive()]
+            if any(word_of(args, rank) != "finished" for rank in ended):
+                break
+        if all(word_of(args, rank) == "finished" for rank in range(args.world_size)):
+            return 0, ""
+        time.sleep(1)  # for those that fail over it to say so
+        return failure(args, processes)
+    finally:
+        alive.close()
+        for process in processes:
+            process.kill()  # what is on disk is whole at any time
+            process.join()
+
+
+def word_of(args, rank):
+    path = Path(f"{args.store_path}_{rank}")
+    return path.read_text() if path.exists() else ""
+
+
+def failure(args, processes):
+    """Return (exit code, message) of the rank that failed first: who ended without a word, or the first to speak."""
+    words = {rank: word_of(args, rank) for rank in range(args.world_size)}
+    for rank, process in enumerate(processes):
+        if not words[rank] and not process.is_alive():
+            code = process.exitcode
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            return 1, f"rank {rank} {how}" + (" (as the kernel does when memory runs out)" if code == -9 else "")
+    said = {rank: json.loads(word) for rank, word in words.items() if word not in ("", "finished")}
+    rank = min(said, key=lambda rank: said[rank][0])
+    _, text, trace = said[rank]
+    if text == "SystemExit: 3":
+        return 3, "a self-check failed, see its line; this would not be federated learning"
+    print(trace, file=sys.stderr)
+    return 1, f"rank {rank} failed: {text}"
+
+
+def run_to_the_end(target, args):
+    """Launch the ranks, again after a failure as often as --restarts says, each time from the last checkpoint."""
+    folder = Path(args.output_dir)
+    for attempt in range(args.restarts + 1):
+        args.store_path = f"{args.data_path}_store_{attempt}"
+        code, message = launch(target, args)
+        if not code:
+            return
+        args.resume_from = max(folder.glob("checkpoints/round_*"), default=None)
+        after = f"after round {round_of(args.resume_from)} of {args.num_rounds}"
+        if code == 3 or attempt == args.restarts:
+            print(f"main.py: {message}" + (f"; --resume goes on {after}" if code == 1 else ""), file=sys.stderr)
+            raise SystemExit(code)
+        print(f"main.py: {message}; restart {attempt + 1} of {args.restarts} {after}", file=sys.stderr, flush=True)
+        cut_back(folder, args.resume_from)
+
+
+def cut_back(folder, checkpoint):
+    """Remove what the run has left behind its last checkpoint."""
+    shutil.rmtree(folder / "checkpoints" / "staging", ignore_errors=True)
+    utils.cut_back_logs(folder, round_of(checkpoint))
+
+
+def stop(number, frame):
+    """End the program on Ctrl-C or SIGTERM; `launch` ends the ranks."""
+    print("main.py: stopped; --resume goes on after the last checkpoint", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def main(argv=None, target=run_rank):
@@ -527,9 +619,12 @@ def main(argv=None, target=run_rank):
             print(report.partition_table(partition), flush=True)
             args.hf_token = None  # the ranks read from this disk only
             args.model_path, args.resume_from = model_path, resume_from
-            args.data_path, args.store_path = f"{folder}/data", f"{folder}/store"
-            launch(target, args)
+            args.data_path = f"{folder}/data"
+            run_to_the_end(target, args)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in a job of a script that goes on without a terminal
+            signal.signal(number, stop)
     main()
