@@ -1,5 +1,6 @@
 """Kills: every process is gone, the message names who failed first, and the run goes on with the same bits."""
 
+import functools
 import json
 import os
 import re
@@ -77,7 +78,7 @@ def test_killed_rank_without_restarts(tmp_path, finished):
 
 def test_killed_parent_leaves_nobody(tmp_path):
     """Started as by a job script that uses `&`: with SIGINT ignored."""
-    process, processes = start(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    process, processes = start(tmp_path, preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
     process.kill()
     process.wait()
     assert len(processes) >= 3
@@ -86,7 +87,8 @@ def test_killed_parent_leaves_nobody(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_parent(tmp_path, number, code):
-    process, processes = start(tmp_path, start_new_session=True)
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even under `&`
+    process, processes = start(tmp_path, start_new_session=True, preexec_fn=default)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, errors = process.communicate(timeout=15)
     assert process.returncode == code and "Traceback" not in errors
