@@ -285,9 +285,6 @@ class FederatedRounds(TrainerCallback):
         self.measured = [p for i in range(0, len(self.lora), 2 * every) for p in self.lora[i : i + 2]]  # A and B
         self.reports, self.kept, self.checked, self.hinted = [], [], False, False
         self.lengths = trainer.train_dataset["length"]
-        self.bar = tqdm(
-            total=trainer.args.max_steps, unit="step", disable=None if rank == 0 else True, dynamic_ncols=True
-        )
 
     def on_train_begin(self, args, state, control, optimizer, lr_scheduler, **kwargs):
         self.optimizer = optimizer.optimizer  # without accelerate's wrapper
@@ -307,8 +304,9 @@ class FederatedRounds(TrainerCallback):
             self.control = utils.flatten_parameters(self.shared(1)).zero_() if self.args.scaffold else None
         self.parameters = self.shared(1)
         self.start = utils.flatten_parameters(self.parameters)
+        shown = None if self.rank == 0 else True  # None: where there is a terminal
+        self.bar = tqdm(total=args.max_steps, initial=state.global_step, unit="step", disable=shown, dynamic_ncols=True)
         self.check_start(lr_scheduler.get_last_lr()[0])
-        self.bar.update(state.global_step)
         self.clock = time.perf_counter()
 
     def on_step_begin(self, args, state, control, **kwargs):
