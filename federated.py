@@ -109,16 +109,12 @@ class ClientData(NamedTuple):
     rows: datasets.Dataset  # all training rows of the run
     parts: list  # row numbers of each client, the first num_held[k] of which it holds out
     num_held: list
+    num_train: list  # the training rows of every client, which are its weight
     global_held_out: datasets.Dataset  # the same on all ranks
     plan: list  # of the rounds, see utils.plan_rounds
     turns: list  # (round, client) of this rank; a turn is local_steps steps of one client
     order: np.ndarray  # the row numbers of those turns, one after another
     train: datasets.Dataset  # and those rows
-
-    @property
-    def num_train(self):
-        """The training rows of every client, which are its weight."""
-        return [len(part) - held for part, held in zip(self.parts, self.num_held)]
 
     def held_out(self, client):
         return self.rows.select(self.parts[client][: self.num_held[client]])
@@ -153,6 +149,7 @@ def load_client_data(rank, args):
         rows=data["train"],
         parts=parts,
         num_held=num_held,
+        num_train=[len(part) - held for part, held in zip(parts, num_held)],
         global_held_out=global_held_out,
         plan=plan,
         turns=[(number, client) for number, client, _ in turns],
@@ -345,10 +342,11 @@ class FederatedRounds(TrainerCallback):
         """Bring in the client of this turn, as it was after its last one, and at the start of the round."""
         args, (number, client) = self.args, self.data.turns[index]
         if index == 0 or self.data.turns[index - 1][0] != number:  # a new round
-            for name, parameter in self.model.named_parameters() if len(self.variant) > 1 else ():
-                parameter.requires_grad = self.parts(number)[0] in name
-            self.parameters = self.shared(number)
-            self.start = utils.flatten_parameters(self.parameters)
+            if len(self.variant) > 1:  # RoLoRA's A and B take turns; else a round starts where the last has ended
+                for name, parameter in self.model.named_parameters():
+                    parameter.requires_grad = self.parts(number)[0] in name
+                self.parameters = self.shared(number)
+                self.start = utils.flatten_parameters(self.parameters)
             self.move_clients(self.data.plan[number - 1][1])
         self.enter(client)
         if args.client_state == "reset":
@@ -571,8 +569,9 @@ class FederatedRounds(TrainerCallback):
         wrapped = ", ".join(sorted({rank["wrapped"] for rank in ranks}))
         alone = all(rank["processes"] == 1 for rank in ranks) and wrapped == type(self.model).__name__
         self.check(alone, f"no DDP: every rank trains a {wrapped} of its own")
-        starts = sorted({rank["start"][:8] for rank in ranks})
-        self.check(len(starts) == 1, f"same start: {' and '.join(starts)} on {len(ranks)} rank(s)")
+        starts = sorted(set(by_name("start", ranks)))
+        shown = " and ".join(start[:8] for start in starts)
+        self.check(len(starts) == 1, f"same start: {shown} on {len(ranks)} rank(s)")
         lowest = min(rank["learning_rate"] for rank in ranks)
         self.check(lowest > 0, f"learns from the first step on: learning rate {lowest:.2e}")
         if fresh := [rank["fresh"] for rank in ranks if rank["fresh"]]:

@@ -275,7 +275,7 @@ def find_checkpoint(args):
     if changed := [key for key in config if key not in NOT_MATHEMATICS and config[key] != earlier.get(key)]:
         changes = ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed)
         fail(f"--resume: the run in {folder} was started with {changes}")
-    newest = max(folder.glob("checkpoints/round_*"), default=None)
+    newest = newest_checkpoint(folder)
     last_round = round_of(newest)
     if last_round == args.num_rounds and is_finished(folder):
         print(f"nothing to do: the run in {folder} is finished")
@@ -300,6 +300,10 @@ def open_output_dir(args, resume_from, partition):
 
 def is_finished(folder):
     return (folder / utils.GLOBAL_MODEL).exists() or (folder / utils.CLIENT_MODELS).exists()
+
+
+def newest_checkpoint(folder):
+    return max(folder.glob("checkpoints/round_*"), default=None)
 
 
 def round_of(checkpoint):
@@ -577,7 +581,7 @@ def run_to_the_end(target, args):
         code, message = launch(target, args)
         if not code:
             return
-        args.resume_from = max(folder.glob("checkpoints/round_*"), default=None)
+        args.resume_from = newest_checkpoint(folder)
         after = f"after round {round_of(args.resume_from)} of {args.num_rounds}"
         if code == 3 or attempt == args.restarts:
             print(f"main.py: {message}" + (f"; --resume goes on {after}" if code == 1 else ""), file=sys.stderr)
