@@ -7,9 +7,11 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -39,9 +41,10 @@ CLIENT_EVAL_ROWS = 32  # at most so many rows of each client are held out, and a
 GLOBAL_EVAL_ROWS = 512  # at most so many of the global held-out rows are evaluated
 ANSWERED_ROWS = 96  # held-out questions that are answered before and after training, for exact match and F1
 MAX_NEW_TOKENS = 32
-KEPT_CHECKPOINTS = 2
-DRIFT_FLOATS = 2**21  # of all updates of a round are kept to compare them with the average: 8 MB, so many of each
 MEASURED_ADAPTERS = 16  # of a round are kept for the aggregation error; of more clients, only some of the layers
+# what a checkpoint holds of FederatedRounds, for each rank, and once for all
+SAVED = "records current number rounds_done turns_done reports kept gradients learning_rate".split()
+SAVED_ONCE = "start first_private control before".split()
 HINTED_ERROR = 0.1  # from this aggregation error on, a run is told once what can be done about it
 
 # -----------------------------------------------------------------------------
@@ -263,8 +266,8 @@ class FederatedRounds(TrainerCallback):
     Every rank takes part in every round. A turn is `local_steps` optimizer steps of one client.
     """
 
-    def __init__(self, rank, args, trainer, data):
-        self.rank, self.args, self.trainer, self.data = rank, args, trainer, data
+    def __init__(self, rank, args, store, trainer, data):
+        self.rank, self.args, self.store, self.trainer, self.data = rank, args, store, trainer, data
         self.model, self.lora = trainer.model, lora_parameters(trainer.model)
         self.variant = utils.LORA_VARIANTS[args.lora_variant]
         if args.aggregator == "none":
@@ -277,34 +280,42 @@ class FederatedRounds(TrainerCallback):
         self.states = [{} for _ in self.variant]  # of the averaging strategy; RoLoRA's A and B have one each
         self.records = {}  # client -> what it leaves in host memory between its turns, on the rank that last played it
         self.current = None  # the client whose moments are in the optimizer, and whose private tensors in the model
-        self.alone = len({client for _, client in data.turns}) == 1  # one client from first to last: nothing to change
         every = -(-args.clients_per_round // MEASURED_ADAPTERS)
         self.measured = [p for i in range(0, len(self.lora), 2 * every) for p in self.lora[i : i + 2]]  # A and B
-        self.reports, self.kept, self.checked, self.hinted = [], [], False, False
         self.lengths = trainer.train_dataset["length"]
+        self.number = self.rounds_done = self.turns_done = self.meetings = 0  # number: the round under way, else 0
+        # of the round under way: what its clients report, their updates (in files but for the last one's), and adapters
+        self.reports, self.updates, self.kept, self.gradients = [], [], [], []
+        self.before = None  # the scores before training
+        self.checked, self.hinted, self.stopping, self.ended = False, False, False, ""
 
     def on_train_begin(self, args, state, control, optimizer, lr_scheduler, **kwargs):
         self.optimizer = optimizer.optimizer  # without accelerate's wrapper
-        folder = self.args.resume_from
-        if folder:  # the trainer has loaded this rank's adapter and moments
-            device = utils.communication_device()
-            saved = torch.load(Path(folder, "strategy.pt"), weights_only=True, map_location=device)
-            self.states, self.first_private, self.control = saved["states"], saved["first_private"], saved["control"]
-            self.records = torch.load(Path(folder, f"rank_{self.rank}", "clients.pt"), weights_only=True)
-            self.current = self.data.turns[0][1] if self.alone else None  # otherwise it is in the records, as all are
+        self.learning_rate = lr_scheduler.get_last_lr()[0]
+        if self.args.resume_from:
+            self.load(Path(self.args.resume_from))  # the trainer has loaded this rank's adapter and moments
         else:
             start = utils.flatten_parameters(self.lora)
+            self.meet()
             dist.broadcast(start, src=0)  # all ranks participate: from a different A each, the first average is noise
             utils.unflatten_parameters(self.lora, start)
             self.first_private = utils.flatten_parameters(self.private).cpu()  # of every client's first turn
+            self.train_parts(1)
+            self.start = utils.flatten_parameters(self.parameters)
             # SCAFFOLD's c: the mean of what all clients' mean gradients were in their last turns
-            self.control = utils.flatten_parameters(self.shared(1)).zero_() if self.args.scaffold else None
-        self.parameters = self.shared(1)
-        self.start = utils.flatten_parameters(self.parameters)
+            self.control = torch.zeros_like(self.start) if self.args.scaffold else None
         shown = None if self.rank == 0 else True  # None: where there is a terminal
         self.bar = tqdm(total=args.max_steps, initial=state.global_step, unit="step", disable=shown, dynamic_ncols=True)
-        self.check_start(lr_scheduler.get_last_lr()[0])
+        self.check_start(self.learning_rate)
         self.clock = time.perf_counter()
+        signal.signal(signal.SIGTERM, self.ask_to_stop)
+        if self.turns_done < state.global_step // self.args.local_steps:  # it stopped while it waited for the others
+            self.finish_turn(self.turns_done)
+            if self.ended:
+                raise SystemExit(self.ended)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.args.local_steps == 0:
@@ -327,6 +338,48 @@ class FederatedRounds(TrainerCallback):
         self.bar.update()
         if state.global_step % self.args.local_steps == 0:
             self.finish_turn(state.global_step // self.args.local_steps - 1)
+        if self.stopping and state.global_step < args.max_steps:
+            self.stop()
+        control.should_training_stop |= bool(self.ended)
+        return control
+
+    # ---- meeting the other ranks, and stopping
+
+    def meet(self, word=None):
+        """Wait until all ranks are here; returns the word (JSON) that each has brought, in the order of the ranks.
+
+        Raises TimeoutError, with the ranks that are missing, after --timeout minutes. By the store of the process
+        group: that is faster than a barrier of gloo, knows who is missing, and can be left when a rank has stopped.
+        """
+        self.meetings += 1
+        keys = [f"{self.meetings}/{rank}" for rank in range(self.args.world_size)]
+        self.store.set(keys[self.rank], json.dumps(word))
+        late, pause = time.monotonic() + 60 * self.args.timeout, 5e-4  # seconds
+        while True:
+            stopped = self.store.check(["stopped"])  # first: whoever stops has come to all meetings before
+            if self.store.check(keys):
+                if self.meetings > 1:  # which all have left
+                    self.store.delete_key(f"{self.meetings - 1}/{self.rank}")
+                return [json.loads(self.store.get(key)) for key in keys]
+            if stopped:
+                self.stop()
+            if time.monotonic() > late:
+                missing = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
+                raise TimeoutError(
+                    f"no sign of rank {', '.join(missing)} for {self.args.timeout:g} minutes (--timeout)"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+
+    def ask_to_stop(self, number, frame):
+        self.stopping = True
+
+    def stop(self):
+        """Save this rank in the middle of a round, and end it. The others do the same after their steps."""
+        self.store.set("stopped", "")
+        self.bar.close()
+        self.save()
+        raise SystemExit(utils.STOPPED)
 
     # ---- the turn of a client
 
@@ -338,27 +391,34 @@ class FederatedRounds(TrainerCallback):
         """Return the parameters that are shared in round `number`."""
         return utils.shared_parameters(self.model, self.parts(number)[1])
 
+    def train_parts(self, number):
+        """Let what is trained in round `number` have gradients; RoLoRA's A and B take turns."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = self.parts(number)[0] in name
+        self.parameters = self.shared(number)
+
     def begin_turn(self, index):
         """Bring in the client of this turn, as it was after its last one, and at the start of the round."""
         args, (number, client) = self.args, self.data.turns[index]
-        if index == 0 or self.data.turns[index - 1][0] != number:  # a new round
-            if len(self.variant) > 1:  # RoLoRA's A and B take turns; else a round starts where the last has ended
-                for name, parameter in self.model.named_parameters():
-                    parameter.requires_grad = self.parts(number)[0] in name
-                self.parameters = self.shared(number)
-                self.start = utils.flatten_parameters(self.parameters)
+        if number != self.number:
+            self.number = number
             self.move_clients(self.data.plan[number - 1][1])
         self.enter(client)
         if args.client_state == "reset":
             load_moments(self.optimizer, None)
         # every client's dropout masks are its own, whatever its rank did before
         torch.manual_seed(int(np.random.SeedSequence([args.seed, client, number]).generate_state(1)[0]))
-        if args.prox_mu:
-            self.anchors = split_like(self.start, self.parameters)
+        self.add_terms(client)
         if args.scaffold:
+            self.gradients = split_like(torch.zeros_like(self.control), self.parameters)
+
+    def add_terms(self, client):
+        """Prepare what FedProx and SCAFFOLD add to the gradients of `client`."""
+        if self.args.prox_mu:
+            self.anchors = split_like(self.start, self.parameters)
+        if self.args.scaffold:
             own = self.records.setdefault(client, {}).get("control", torch.zeros_like(self.control))
             self.corrections = split_like(self.control - own.to(self.control.device), self.parameters)
-            self.gradients = split_like(torch.zeros_like(self.control), self.parameters)
 
     def enter(self, client):
         """Take `client` out of host memory, and put away the one before."""
@@ -390,135 +450,207 @@ class FederatedRounds(TrainerCallback):
                 if client == self.current:
                     self.leave()
                     self.current = None
-                dist.send_object_list([self.records.pop(client)], dst=destination)
+                dist.send_object_list([self.records.pop(client, {})], dst=destination)
             elif self.rank == destination:
                 dist.recv_object_list(record := [None], src=source)
                 self.records[client] = record[0]
 
     def finish_turn(self, index):
-        """Send this client's update; after the last client of the round, finish the round."""
+        """Put this client's update aside; after the last client of the round, finish the round."""
         args, trainer, (number, client) = self.args, self.trainer, self.data.turns[index]
         last = index + 1 == len(self.data.turns) or self.data.turns[index + 1][0] != number
         per_turn = len(self.lengths) // len(self.data.turns)
+        update = utils.flatten_parameters(self.parameters).sub_(self.start)
         mine = {
             "client": client,
             "train_loss": trainer._tr_loss.item() / args.local_steps,
             "tokens": sum(self.lengths[index * per_turn : (index + 1) * per_turn]),
+            "norm": torch.linalg.vector_norm(update, dtype=torch.float64).item(),
             "skipped": trainer.accelerator.optimizer_step_was_skipped,  # by the gradient scaler of fp16
         }
+        if not all(parameter.isfinite().all() for parameter in self.private):
+            mine["norm"] = math.inf
+        if last:  # up to here nothing has changed: it may stop in the meeting, and come back to it when it resumes
+            norms = self.meet([(each["client"], each["norm"]) for each in [*self.reports, mine]])
+            seconds = {"local": self.lap()}  # waiting for the slowest rank counts as local
+        self.turns_done += 1
         trainer._tr_loss.zero_()  # the trainer's running sum, left to us as the trainer logs nothing itself
         if self.private or not self.checked:
             mine["local_digest"] = digest(utils.flatten_parameters(self.lora))
         weight = self.data.num_train[client]
         if self.is_due(number, args.eval_rounds) and not self.private:
             self.kept.append((client, weight, utils.flatten_parameters(self.measured)))
-        if args.scaffold:  # c_i becomes the mean of this turn's gradients: no SGD algebra, so it holds for AdamW too
-            record, gradients = self.records[client], utils.flatten_parameters(self.gradients) / args.local_steps
-            self.change = self.change if self.reports else torch.zeros_like(gradients, dtype=torch.float64)
-            self.change += gradients - record.get("control", torch.zeros_like(gradients)).to(gradients.device)
-            record["control"] = gradients.cpu()
-        if last:
-            dist.barrier()  # all ranks participate; waiting for the slowest rank counts as local
-            seconds = {"local": self.lap()}
-        average, update = utils.federated_average(
-            self.model,
-            args.world_size,
-            self.start,
-            weight,
-            self.strategy,
-            self.states[(number - 1) % len(self.states)],
-            part=self.parts(number)[1],
-            client=client,
-            last=last,
-        )
-        mine["sample"] = sample_coordinates(update, DRIFT_FLOATS // args.clients_per_round)
+        if args.scaffold:
+            self.records[client]["gradients"] = utils.flatten_parameters(self.gradients).cpu() / args.local_steps
+            self.gradients = []
         self.reports.append(mine)
         if last:
-            if args.scaffold:
-                dist.all_reduce(self.change)  # all ranks participate
-                self.control += (self.change / args.num_clients).float()
-            self.finish_round(number, average, seconds)
+            self.updates.append((client, weight, update))
+            self.finish_round(number, dict(pair for rank in norms for pair in rank), seconds)
+        else:  # whether it counts is known at the end of the round; a file, so that memory does not grow with clients
+            path = f"{args.data_path}_update_{self.rank}_{len(self.updates)}.pt"
+            torch.save(update, path)
+            self.updates.append((client, weight, path))
 
     # ---- the end of a round
 
     def is_due(self, number, rounds):
         return number % rounds == 0 or number == self.args.num_rounds
 
-    def finish_round(self, number, average, seconds):
-        """Finish round `number`, counted from 1, after the averaging."""
+    def finish_round(self, number, norms, seconds):
+        """Finish round `number`, counted from 1: average, evaluate, log, save; `norms` are those of all updates."""
         args, trainer, data = self.args, self.trainer, self.data
-        if not torch.isfinite(average).all():  # the same average, so the same verdict on all ranks
-            raise RuntimeError(f"round {number}: the average is not finite; lower --learning_rate")
-        norm = torch.linalg.vector_norm(average).item()
+        rejected = self.reject(number, norms)
+        if self.ended:
+            return
+        good = [each for each in self.updates if each[0] not in rejected]
+        average = utils.federated_average(
+            self.model,
+            args.world_size,
+            self.start,
+            good,
+            self.strategy,
+            self.states[(number - 1) % len(self.states)],
+            self.parts(number)[1],
+        )
+        norm = torch.linalg.vector_norm(average, dtype=torch.float64).item()
+        if not math.isfinite(norm):  # the same average, so the same verdict on all ranks
+            raise SystemExit(f"round {number}: the averaged update is not finite; lower --learning_rate or --server_lr")
+        if args.scaffold:
+            self.move_control(rejected)
         self.start = utils.flatten_parameters(self.parameters)
         shared = digest(self.start)
-        sample = sample_coordinates(average, DRIFT_FLOATS // args.clients_per_round)
-        for mine in self.reports:
-            distance = torch.linalg.vector_norm(mine.pop("sample") - sample)
-            mine["drift"] = (distance / torch.linalg.vector_norm(sample)).item() if norm else 0.0
+        drift = {
+            client: round(torch.linalg.vector_norm(utils.load_update(update) - average).item() / norm, 6)
+            for client, _, update in good
+            if norm
+        }
+        self.forget(rejected)
         seconds["average"] = self.lap()
 
-        error = utils.product_error(self.kept, [p.shape for p in self.measured]) if self.kept else None
-        self.kept = []
-        everyone = {"memory": peak_memory(), "shared": shared, "reports": self.reports}
+        kept = [each for each in self.kept if each[0] not in rejected]
+        due = self.is_due(number, args.eval_rounds) and not self.private
+        error = utils.product_error(kept, [p.shape for p in self.measured]) if due else None
+        everyone = {"memory": peak_memory(), "shared": shared, "drift": drift, "reports": self.reports}
+        self.reports, self.updates, self.kept = [], [], []
         if self.is_due(number, args.eval_rounds):
             if not self.private:  # one model, whose rows the ranks share out
                 own_rows = data.global_held_out.select(self.own_share(data.global_held_out))
                 everyone["global"] = evaluate(trainer, own_rows)
-            for mine in self.reports:
+            for mine in everyone["reports"]:
                 if self.private:
                     self.enter(mine["client"])
                     mine["global"] = evaluate(trainer, data.global_held_out)
                 mine["eval"] = evaluate(trainer, data.held_out(mine["client"]))
-        ranks = [None] * args.world_size
-        dist.all_gather_object(ranks, everyone)  # all ranks participate
+        ranks = self.meet(everyone)
         clients = sorted((mine for rank in ranks for mine in rank["reports"]), key=lambda mine: mine["client"])
         self.check_average(ranks, clients)
+        sent = 4 * self.start.numel() * len(clients)  # bytes of float32, by all clients together
         seconds["eval"] = self.lap()
 
+        self.rounds_done, self.number = number, 0
+        if len(self.variant) > 1:  # else the next round starts where this one has ended
+            self.train_parts(number + 1)
+            self.start = utils.flatten_parameters(self.parameters)
         if saved := self.is_due(number, args.save_rounds):
             self.save()
         seconds["save"] = self.lap()
         if self.rank == 0:
-            self.log(number, ranks, clients, norm, error, seconds)
-        self.reports = []
+            self.log(number, ranks, clients, list(rejected), sent, norm, error, seconds)
         if saved:
-            dist.barrier()  # all ranks participate: every part is on disk, and the log has the round
+            self.meet()  # every part is on disk, and the log has the round
             if self.rank == 0:
-                commit_checkpoint(Path(args.output_dir, "checkpoints"), number)
-            dist.barrier()  # all ranks participate: a trainer that ends looks into its folder, which is moved here
+                utils.commit_checkpoint(args.output_dir, f"round_{number:05d}")
+            self.meet()  # a trainer that ends looks into its folder, which is moved here
+
+    def reject(self, number, norms):
+        """Return {client: what is wrong} of the updates that are left out; the same on all ranks."""
+        rejected = utils.find_bad_updates(norms)
+        for client, problem in rejected.items():
+            if self.args.on_bad_update == "fail":
+                raise SystemExit(f"round {number}: the update of client {client} is {problem}; lower --learning_rate")
+            if self.rank == 0:
+                self.bar.write(f"  client {client} is left out of round {number}: its update is {problem}")
+        if len(rejected) == len(norms):
+            self.ended = f"round {number}: the update of every client is not finite; lower --learning_rate. "
+            if self.private:
+                raise SystemExit(f"{self.ended}Their models are in the last checkpoint, if there is one")
+            utils.unflatten_parameters(self.parameters, self.start)
+            self.ended += f"The model of round {number - 1} is in {utils.GLOBAL_MODEL}"
+        return rejected
+
+    def forget(self, rejected):
+        """Let clients that were left out begin anew in their next turn: their moments may be what is wrong."""
+        for client in rejected:
+            for name in ("moments", "private", "gradients"):
+                self.records.get(client, {}).pop(name, None)
+            if client == self.current:
+                self.current = None
+
+    def move_control(self, rejected):
+        """Move SCAFFOLD's c by what changed in the c_i of this round's clients; every rank takes part.
+
+        c_i becomes the mean gradient of the client's turn: no SGD algebra, so it holds for AdamW too.
+        """
+        change = torch.zeros_like(self.control, dtype=torch.float64)
+        for client in (mine["client"] for mine in self.reports if mine["client"] not in rejected):
+            record, before = self.records[client], torch.zeros_like(self.control)
+            gradients = record.pop("gradients")
+            change += (gradients - record.get("control", before.cpu())).to(change.device)
+            record["control"] = gradients
+        dist.all_reduce(change)  # all ranks participate
+        self.control += (change / self.args.num_clients).float()
 
     def own_share(self, rows):
         return range(self.rank, len(rows), self.args.world_size)
 
     def save(self):
-        """Write this rank's part of a checkpoint into checkpoints/staging."""
+        """Write this rank's part of a checkpoint into checkpoints/staging; it may be in the middle of a round."""
         self.trainer._save_checkpoint(self.model, trial=None)  # into rank_N
         folder = Path(self.trainer.args.output_dir)
-        if not self.alone:
-            self.leave()
-        torch.save(self.records, folder / "clients.pt")
+        updates = []
+        for client, weight, path in self.updates:
+            updates.append((client, weight, Path(path).name))
+            shutil.copy(path, folder)
+        mine = {name: getattr(self, name) for name in SAVED} | {"updates": updates}
+        torch.save(mine | {"loss": self.trainer._tr_loss}, folder / "clients.pt")
         if self.rank == 0:  # the same on all ranks
             states = [{k: v for k, v in state.items() if k not in ("start", "shapes")} for state in self.states]
-            saved = {"states": states, "first_private": self.first_private, "control": self.control}
-            torch.save(saved, folder.parent / "strategy.pt")
+            same = {"states": states} | {name: getattr(self, name) for name in SAVED_ONCE}
+            torch.save(same, folder / "federation.pt")
+        utils.seal(folder, self.rounds_done)
 
-    def log(self, number, ranks, clients, norm, error, seconds):
+    def load(self, checkpoint):
+        """Go on where `save` has written a checkpoint."""
+        folder, device = checkpoint / f"rank_{self.rank}", utils.communication_device()
+        vars(self).update(torch.load(checkpoint / "rank_0" / "federation.pt", weights_only=True, map_location=device))
+        mine = torch.load(folder / "clients.pt", weights_only=True)
+        self.trainer._tr_loss += mine.pop("loss").to(self.trainer._tr_loss.device)
+        self.updates = [(client, weight, str(folder / name)) for client, weight, name in mine.pop("updates")]
+        vars(self).update(mine)
+        self.train_parts(self.rounds_done + 1)
+        if self.number:  # in the middle of this round, perhaps of a turn
+            self.add_terms(self.current)
+
+    def log(self, number, ranks, clients, rejected, sent, norm, error, seconds):
         """Write what round `number` has to say: files, trackers and one line on the terminal; rank 0 alone."""
         args, data, folder = self.args, self.data, Path(self.args.output_dir)
         digests = [ranks[0]["shared"], *(client["local_digest"] for client in clients if self.private)]
+        drift = {int(client): value for rank in ranks for client, value in rank["drift"].items()}
+        good = [client for client in clients if client["client"] not in rejected]
         entry = {
             "round": number,
-            "train_loss": sum(by_name("train_loss", clients)) / len(clients),
+            "train_loss": sum(by_name("train_loss", good)) / len(good),
             "eval_loss": None,
             "learning_rate": self.learning_rate,
             "clients": by_name("client", clients),
+            "rejected": rejected,
             "weights": [data.num_train[client] for client in by_name("client", clients)],
-            "drift": sum(by_name("drift", clients)) / len(clients),
-            "client_drift": [round(drift, 6) for drift in by_name("drift", clients)],
+            "drift": sum(drift.values()) / len(good),
+            "client_drift": [drift.get(client) for client in by_name("client", clients)],
             "aggregation_error": error,
             "update_norm": norm,
-            "bytes": 4 * self.start.numel() * len(clients),  # float32, sent by all clients together
+            "bytes": sent,
             "tokens": sum(by_name("tokens", clients)),
             "peak_memory_gb": round(max(by_name("memory", ranks)), 3),
             "seconds": seconds,
@@ -526,7 +658,7 @@ class FederatedRounds(TrainerCallback):
         }
         if "eval" in clients[0]:
             if self.private:  # the mean over the clients' models
-                entry["eval_loss"] = sum(loss / tokens for loss, tokens in by_name("global", clients)) / len(clients)
+                entry["eval_loss"] = sum(loss / tokens for loss, tokens in by_name("global", good)) / len(good)
             else:
                 losses, tokens = zip(*by_name("global", ranks))
                 entry["eval_loss"] = sum(losses) / sum(tokens)
@@ -564,8 +696,7 @@ class FederatedRounds(TrainerCallback):
             "learning_rate": learning_rate,
             "fresh": self.fresh_rows(),
         }
-        ranks = [None] * self.args.world_size
-        dist.all_gather_object(ranks, mine)  # all ranks participate
+        ranks = self.meet(mine)
         wrapped = ", ".join(sorted({rank["wrapped"] for rank in ranks}))
         alone = all(rank["processes"] == 1 for rank in ranks) and wrapped == type(self.model).__name__
         self.check(alone, f"no DDP: every rank trains a {wrapped} of its own")
@@ -596,7 +727,7 @@ class FederatedRounds(TrainerCallback):
     def check_average(self, ranks, clients):
         """Check that clients were apart before the averaging, and ranks equal after it; every rank takes part."""
         args, after = self.args, len(set(by_name("shared", ranks)))
-        if not self.checked:
+        if not self.checked and all("local_digest" in client for client in clients):  # else it has just been resumed
             before = len(set(by_name("local_digest", clients)))
             apart = before == len(clients) or any(by_name("skipped", clients))
             text = f"{len(clients)} client(s) with {before} adapter(s) before the averaging, {after} after it"
@@ -612,7 +743,7 @@ class FederatedRounds(TrainerCallback):
         if self.rank == 0:
             self.bar.write(f"  {'✓' if passed else '✗'} {text}")
         if not passed:
-            dist.barrier()  # all ranks participate: nobody leaves before it is said
+            self.meet()  # nobody leaves before it is said
             raise SystemExit(3)
 
 
@@ -657,12 +788,6 @@ def load_moments(optimizer, moments):
                 value.zero_()
 
 
-def sample_coordinates(vector, size):
-    """Return at most `size` evenly spaced values of a vector (P,); an odd stride meets every column of the matrices."""
-    stride = -(-len(vector) // size)
-    return vector[:: stride | 1 if stride > 1 else 1].clone()
-
-
 def by_name(name, reports):
     return [each[name] for each in reports]
 
@@ -677,13 +802,6 @@ def peak_memory():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # in KB on Linux
-
-
-def commit_checkpoint(folder, number):
-    """Turn `staging` into the checkpoint of round `number` by one rename, and remove all but the newest ones."""
-    (folder / "staging").rename(folder / f"round_{number:05d}")
-    for old in sorted(folder.glob("round_*"))[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
 
 
 # -----------------------------------------------------------------------------
@@ -705,9 +823,10 @@ def local_train(rank, args):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # whatever the number of ranks: with more threads, sums are rounded otherwise
     torch.manual_seed(args.seed + rank)
+    store = dist.FileStore(args.store_path, args.world_size)  # which no socket listens for
     dist.init_process_group(
         args.backend,
-        store=dist.FileStore(args.store_path, args.world_size),
+        store=store,
         rank=rank,
         world_size=args.world_size,
         timeout=datetime.timedelta(minutes=args.timeout),
@@ -719,21 +838,14 @@ def local_train(rank, args):
     data = load_client_data(rank, args)
     model = load_model(args, device)
     trainer = build_trainer(rank, args, device, model, tokenizer, data)
-    rounds = FederatedRounds(rank, args, trainer, data)
+    rounds = FederatedRounds(rank, args, store, trainer, data)
     if rank == 0:
         shared = sum(parameter.numel() for parameter in rounds.shared(1))
         report.print_header(args, data, shared, client_bytes(args, rounds))
 
     questions = data.global_held_out.select(range(min(ANSWERED_ROWS, len(data.global_held_out))))
-    summary_path = Path(args.output_dir, "summary.json")
-    if args.resume_from:
-        summary = json.loads(summary_path.read_text(encoding="utf-8"))
-        before = {name: summary[name]["before"] for name in ("exact_match", "f1")}
-    else:
-        before = score_together(rounds, tokenizer, questions)
-        if rank == 0:
-            summary = {name: {"before": value} for name, value in before.items()}
-            utils.write_aside(summary_path, json.dumps(summary))  # a resumed run has no other way to know
+    if not args.resume_from:
+        rounds.before = score_together(rounds, tokenizer, questions)
 
     trainer.add_callback(rounds)
     checkpoint = args.resume_from and Path(args.resume_from, f"rank_{rank}")
@@ -744,47 +856,45 @@ def local_train(rank, args):
     if rounds.private:
         save_client_models(rounds)
     if rank == 0:
-        publish(rounds, tokenizer, {"before": before, "after": after}, len(questions))
-    dist.barrier()  # all ranks participate: nobody leaves before the model is on disk
+        publish(rounds, tokenizer, {"before": rounds.before, "after": after}, len(questions))
+    rounds.meet()  # nobody leaves before the model is on disk
     dist.destroy_process_group()
+    if rounds.ended:
+        raise SystemExit(rounds.ended)
 
 
 def client_bytes(args, rounds):
     """Return how many bytes of host memory a client needs between its turns."""
-    moments = {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}.get(args.optim, 8) * (args.client_state == "keep")
     trained = sum(parameter.numel() for parameter in rounds.lora if parameter.requires_grad)
     private = sum(parameter.numel() for parameter in rounds.private)
     control = sum(parameter.numel() for parameter in rounds.shared(1)) * args.scaffold
-    return moments * trained + 4 * (private + control)
+    return utils.moment_bytes(args) * trained + 4 * (private + control)
 
 
 def score_together(rounds, tokenizer, questions):
     """Return exact match and F1 (percent) of the one model that all ranks have; they share the questions out."""
-    args, own = rounds.args, questions.select(rounds.own_share(questions))
-    gathered = [None] * args.world_size
-    dist.all_gather_object(  # all ranks participate
-        gathered, answer(rounds.model, tokenizer, own, 2 * args.per_device_train_batch_size)
-    )
-    return {name: round(value, 2) for name, value in score(pair for part in gathered for pair in part).items()}
+    own = questions.select(rounds.own_share(questions))
+    answers = answer(rounds.model, tokenizer, own, 2 * rounds.args.per_device_train_batch_size)
+    scores = score(pair for part in rounds.meet(answers) for pair in part)
+    return {name: round(value, 2) for name, value in scores.items()}
 
 
 def score_each(rounds, tokenizer, questions):
     """Return exact match and F1 (percent), the mean over the models of the clients of the last round."""
-    args, scores, gathered = rounds.args, [], [None] * rounds.args.world_size
+    args, scores = rounds.args, []
     for client in rounds.data.plan[-1][0][rounds.rank]:
         rounds.enter(client)
         scores.append(score(answer(rounds.model, tokenizer, questions, 2 * args.per_device_train_batch_size)))
-    dist.all_gather_object(gathered, scores)  # all ranks participate
-    scores = [score for part in gathered for score in part]
+    scores = [score for part in rounds.meet(scores) for score in part]
     return {name: round(sum(score[name] for score in scores) / len(scores), 2) for name in scores[0]}
 
 
 def save_client_models(rounds):
     """Save the adapter of every client that has trained, into staging; every rank takes part."""
-    for client in sorted({*rounds.records, rounds.current}):
+    for client in sorted({*rounds.records, rounds.current} - {None}):
         rounds.enter(client)
         rounds.model.save_pretrained(rounds.staging / f"client_{client}", save_embedding_layers=False)
-    dist.barrier()  # all ranks participate: all adapters are there
+    rounds.meet()  # all adapters are there
 
 
 def publish(rounds, tokenizer, scores, num_questions):

@@ -15,6 +15,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.res
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -50,6 +51,7 @@ SERVER_FLAGS = "server_lr server_momentum server_beta2 server_tau clip_norm trim
 TRACKERS = ["none", "tensorboard", "wandb", "trackio", "mlflow"]
 MAX_CLIENTS = 1000
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+MAX_BAD_ROWS, SHOWN_ROWS = 0.01, 3  # share of rows that may be bad and are left out; bad rows that are named
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 COLUMNS = {"context question answers": "SQuAD", "messages": "chat", "prompt completion": "texts or messages"}
 # with these in its environment, accelerate takes a rank for a DDP worker and averages every gradient
@@ -58,11 +60,18 @@ PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS OMPI_COMM_WORLD_RANK OMPI_COMM
 OMPI_COMM_WORLD_LOCAL_SIZE MV2_COMM_WORLD_RANK MV2_COMM_WORLD_SIZE MV2_COMM_WORLD_LOCAL_RANK MV2_COMM_WORLD_LOCAL_SIZE
 ACCELERATE_USE_CPU ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_PARALLELISM_CONFIG
 ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".split()
+ADVICE = {  # by a part of the message of an error in a rank
+    "OutOfMemoryError": "; lower --per_device_train_batch_size, then --max_length",
+    "PytorchStreamWriter failed": "; make room on the disk of --output_dir",
+    "o space left": "; make room on the disk of --output_dir",
+    "File too large": "; make room on the disk of --output_dir",
+}
 # for glibc: without it, a step on the CPU spends a tenth of its time on getting back pages that the last one has freed
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions".split()
+NOT_IN_CONFIG = ("hf_token", "overwrite", "resume")
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
-loss.png runs summary.json partition.json config.json""".split()  # --overwrite removes these, and config.json last
+*.torn loss.png runs summary.json partition.json config.json""".split()  # --overwrite removes these, config.json last
 
 # -----------------------------------------------------------------------------
 # flags
@@ -84,6 +93,7 @@ def parse_args(argv=None):
     add("--aggregator", choices=list(utils.AGGREGATORS), default="fedavg", help="averaging strategy, see utils.py")
     add("--client_state", choices=["keep", "reset"], default="keep", help="AdamW's moments of a client after its turn")
     add("--prox_mu", type=not_negative, default=0, help="FedProx: pull of the round's start on each local step")
+    add("--on_bad_update", choices=["skip", "fail"], default="skip", help="NaN, infinite, or 1,000 x the median length")
     add("--scaffold", action="store_true", help="SCAFFOLD: correct local gradients by the mean of all clients'")
     add = parser.add_argument_group("server (default: the strategy's own, see utils.py)").add_argument
     add("--server_lr", type=positive(float), help="step of fedavgm, diloco, fedadagrad, fedadam, fedyogi")
@@ -237,9 +247,9 @@ def fail(message):
 
 @contextlib.contextmanager
 def locked_output_dir(folder):
-    """Make the folder, and keep other runs out of it as long as the context lasts."""
+    """Make the folder, private to the user, and keep other runs out of it as long as the context lasts."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         lock = os.open(folder, os.O_RDONLY)
@@ -257,7 +267,7 @@ def locked_output_dir(folder):
 def check_output_dir(args):
     """Make sure that `output_dir` holds no run but the one to resume; removes nothing."""
     folder = Path(args.output_dir)
-    if not (folder / "config.json").exists():
+    if not any(folder.glob("config.json")) and not any(folder.glob("checkpoints/round_*")):
         if args.resume:
             fail(f"--resume: {folder} holds no run; leave --resume out to start one")
     elif not args.resume and not args.overwrite:
@@ -267,27 +277,43 @@ def check_output_dir(args):
 
 
 def find_checkpoint(args):
-    """Return the newest complete checkpoint of the run to resume, None where a run starts from the beginning."""
+    """Return the newest checkpoint of the run to resume that counts, None where a run starts from the beginning."""
     if not args.resume:
         return None
     folder = Path(args.output_dir)
-    earlier, config = json.loads((folder / "config.json").read_text(encoding="utf-8")), resolved_config(args)
+    earlier, config = read_config(folder), resolved_config(args)
     if changed := [key for key in config if key not in NOT_MATHEMATICS and config[key] != earlier.get(key)]:
         changes = ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed)
         fail(f"--resume: the run in {folder} was started with {changes}")
-    newest = newest_checkpoint(folder)
-    last_round = round_of(newest)
+    newest = utils.find_newest(folder, args.world_size)
+    last_round = utils.round_of(newest)
     if last_round == args.num_rounds and is_finished(folder):
         print(f"nothing to do: the run in {folder} is finished")
         raise SystemExit(0)
-    print(f"resuming after round {last_round} of {args.num_rounds}", flush=True)
+    print(f"resuming {whereabouts(newest)} of {args.num_rounds}", flush=True)
     return newest
+
+
+def read_config(folder):
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return dict(config)
+    except (OSError, ValueError, TypeError):
+        fail(f"--resume: {folder}/config.json, the flags of the run, cannot be read; --overwrite starts anew")
+
+
+def whereabouts(checkpoint):
+    """Say where a run goes on."""
+    done = utils.round_of(checkpoint)
+    return f"in round {done + 1}" if checkpoint and checkpoint.name.endswith("_part") else f"after round {done}"
 
 
 def open_output_dir(args, resume_from, partition):
     """Remove what an overwritten run left, or what a resumed one left behind its last checkpoint; write what is known
     before a run: config.json and partition.json."""
     folder = Path(args.output_dir)
+    if args.resume and (digest := read_config(folder).get("data_digest")) != args.data_digest:
+        fail(f"--resume: the run in {folder} was started with other rows or another tokenizer (digest {digest})")
     for path in (path for pattern in RUN_FILES if args.overwrite for path in folder.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if args.resume:
@@ -302,17 +328,9 @@ def is_finished(folder):
     return (folder / utils.GLOBAL_MODEL).exists() or (folder / utils.CLIENT_MODELS).exists()
 
 
-def newest_checkpoint(folder):
-    return max(folder.glob("checkpoints/round_*"), default=None)
-
-
-def round_of(checkpoint):
-    return int(checkpoint.name.removeprefix("round_")) if checkpoint else 0
-
-
 def resolved_config(args):
     """Return what `config.json` holds: every flag, and the versions of what ran; never the token."""
-    flags = {name: value for name, value in vars(args).items() if name not in ("hf_token", "overwrite", "resume")}
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_IN_CONFIG}
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES} | {"python": platform.python_version()}
     return flags | {"versions": versions}
 
@@ -346,9 +364,25 @@ def find_model(args):
     if missing := [part for part in utils.LORA_TARGETS if not any(f".{part}." in tensor for tensor in tensors)]:
         fail(f"--model_name {name} is not built as LLaMA is: it has no {', '.join(missing)}")
     try:
-        return path, AutoTokenizer.from_pretrained(path)
+        return path, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         fail(f"--model_name {name}: its tokenizer cannot be loaded: {first_line(error)}")
+
+
+def check_space(args, model_path):
+    """Refuse to start where the disk of output_dir has not the room for the checkpoints."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    parameters = utils.count_lora_parameters(config, args.lora_r)
+    each = utils.checkpoint_bytes(args, parameters)
+    room = shutil.disk_usage(args.output_dir).free
+    needed = (utils.KEPT_CHECKPOINTS + 1) * each + 4 * parameters * (args.clients_per_round + 2)
+    if room < needed:
+        fail(
+            f"--output_dir {args.output_dir}: {room / 1e9:.2f} GB free, and the run needs {needed / 1e9:.2f} GB: "
+            f"{utils.KEPT_CHECKPOINTS + 1} checkpoints of {each / 1e9:.2f} GB, and models; make room, or name another"
+        )
 
 
 def hub_problem(flag, name, error):
@@ -402,36 +436,39 @@ def find_rows(args):
 def prepare_data(args, rows, held_out, tokenizer, folder):
     """Tokenize all rows, once for all ranks, into `folder`, and deal them out to the clients.
 
-    Counts what was cut, and drops rows that are left without an answer. Returns the content of partition.json.
+    Counts what was cut and what is bad, and leaves out both. Returns the content of partition.json.
     """
     splits = {"train": rows} | ({"held_out": held_out} if held_out else {})
     kept = {}  # the numbers of the rows that are left
     for name, split in splits.items():
         if tokenizer.chat_template is None and not isinstance(split[0].get("prompt"), str):
             fail(f"--model_name {args.model_name} has no chat template; name an instruct model, or use prompt texts")
-        try:
-            tokens = split.map(
-                utils.tokenize_row,
-                fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length},
-                remove_columns=split.column_names,
-                cache_file_name=f"{folder}/{name}.arrow",  # not beside the user's files
-                desc=f"tokenizing {name} rows",
-            )
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
-            fail(f"--dataset_path {args.dataset_path}: a {name} row has not the form of its kind: {first_line(error)}")
-        answered = [i for i, answer in enumerate(tokens["answer_length"]) if answer > 0]
+        tokens = split.map(
+            utils.tokenize_row,
+            fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length},
+            remove_columns=split.column_names,
+            cache_file_name=f"{folder}/{name}.arrow",  # not beside the user's files
+            features=utils.TOKENIZED,
+            desc=f"tokenizing {name} rows",
+        )
+        bad = {number: problem for number, problem in enumerate(tokens["problem"]) if problem}
+        if bad:
+            shown = ", ".join(f"row {number} ({problem})" for number, problem in list(bad.items())[:SHOWN_ROWS])
+            shown += f" and {len(bad) - SHOWN_ROWS} more" * (len(bad) > SHOWN_ROWS)
+            if len(bad) > MAX_BAD_ROWS * len(tokens):
+                fail(f"--dataset_path {args.dataset_path}: {len(bad)} of {len(tokens)} {name} rows are bad: {shown}")
+            print(f"{len(bad)} of {len(tokens)} {name} rows are bad and left out: {shown}", flush=True)
+        kept[name] = [number for number, length in enumerate(tokens["answer_length"]) if length > 0]
         if cut := sum(tokens["truncated"]):
             print(
                 f"{cut} of {len(tokens)} {name} rows are longer than --max_length {args.max_length} and were cut, "
-                f"{len(tokens) - len(answered)} of them before the answer: those are left out",
+                f"{len(tokens) - len(bad) - len(kept[name])} of them before the answer: those are left out",
                 flush=True,
             )
-        splits[name] = tokens.select(answered)
-        kept[name] = answered
+        splits[name] = tokens.select(kept[name]).remove_columns(["problem", "truncated"])
     if len(splits["train"]) < needed_rows(args.num_clients, bool(held_out)) or not all(map(len, splits.values())):
-        fail(
-            f"--max_length {args.max_length} cuts off too many answers: {len(splits['train'])} rows are left; raise it"
-        )
+        left = len(splits["train"])
+        fail(f"--max_length {args.max_length} cuts off too many answers: {left} training rows are left; raise it")
     datasets.disable_progress_bars()
     datasets.DatasetDict(splits).save_to_disk(f"{folder}/data")
 
@@ -441,6 +478,7 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
     parts, global_part = deal_rows(args, len(splits["train"]), bool(held_out), labels, names)
     split = {"clients": [part.tolist() for part in parts], "held_out": global_part.tolist()}
     Path(folder, "data", "parts.json").write_text(json.dumps(split), encoding="utf-8")
+    args.data_digest = utils.digest_of_rows(f"{folder}/data")
     return report.partition_record(args, parts, global_part, kept["train"], labels)
 
 
@@ -487,6 +525,8 @@ def run_rank(rank, args):
     if args.num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.num_gpus)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank % args.num_gpus]  # before CUDA is touched
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, and nobody else has to see them
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{args.output_dir}/runs")  # not beside the checkpoints
     from federated import local_train
 
@@ -501,20 +541,20 @@ def start_imports():
     multiprocessing.forkserver.ensure_running()
 
 
-def guard(rank, target, args, parent):
-    """Run one rank so that it dies with its parent, and leaves word of how it ended in a file."""
+def guard(rank, target, args, parent, words):
+    """Run one rank so that it dies with its parent, and leaves word of how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent decides
     threading.Thread(target=die_with, args=(parent,), daemon=True).start()
-    word = Path(f"{args.store_path}_{rank}")
+    code, text, trace = 0, "", ""
     try:
         target(rank, args)
-        word.write_text("finished")
+    except SystemExit as error:
+        code = error.code
     except BaseException as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        advice = "; lower --per_device_train_batch_size, then --max_length" if out_of_memory else ""
-        said = [time.time(), f"{type(error).__name__}: {first_line(error)}{advice}", traceback.format_exc()]
-        word.write_text(json.dumps(said))
-        raise
+        code, text, trace = 1, f"{type(error).__name__}: {first_line(error)}", traceback.format_exc()[-10_000:]
+        text += next((advice for sign, advice in ADVICE.items() if sign in text), "")
+    words[rank].send({"time": time.time(), "code": code, "text": text, "trace": trace})
+    sys.exit(1 if isinstance(code, str) else code)
 
 
 def die_with(parent):
@@ -525,25 +565,43 @@ def die_with(parent):
 
 
 def launch(target, args):
-    """Run `target(rank, args)` in one process per rank; returns (exit code, message), (0, "") if all have finished."""
+    """Run `target(rank, args)` in one process per rank; returns (exit code, message), (0, "") if all have finished.
+
+    On Ctrl-C or SIGTERM, every rank finishes its step and saves; then the program ends.
+    """
     # from a process that has imported everything, on the CPU: 6.5 CPU-seconds and 490 MB less a rank
     method = "spawn" if args.num_gpus else "forkserver"
     parent, alive = multiprocessing.Pipe(duplex=False)  # nobody writes: its end tells the ranks that we have ended
-    processes = []
+    readers, writers = zip(*(multiprocessing.Pipe(duplex=False) for _ in range(args.world_size)))
+    processes, asked = [], None
     try:
         context = mp.start_processes(
-            guard, args=(target, args, parent), nprocs=args.world_size, join=False, start_method=method
+            guard, args=(target, args, parent, writers), nprocs=args.world_size, join=False, start_method=method
         )
         processes = context.processes
-        while running := [process.sentinel for process in processes if process.is_alive()]:
-            multiprocessing.connection.wait(running)
-            ended = [rank for rank, process in enumerate(processes) if not process.is_alive()]
-            if any(word_of(args, rank) != "finished" for rank in ended):
-                break
-        if all(word_of(args, rank) == "finished" for rank in range(args.world_size)):
+        for writer in writers:
+            writer.close()
+        words = [None] * args.world_size
+        try:
+            await_ranks(processes, readers, words, {0})
+        except SystemExit as error:  # see `stop`
+            asked = error
+            print("main.py: finishing the step and saving; once more ends it at once", file=sys.stderr, flush=True)
+        if asked or any(word and word["code"] == utils.STOPPED for word in words):  # of a signal to one rank alone
+            for process in processes:
+                process.terminate()
+            await_ranks(processes, readers, words, {0, utils.STOPPED})
+            if all(word and word["code"] == utils.STOPPED for word in words):
+                commit_part(args)
+        if asked:
+            where = whereabouts(utils.find_newest(args.output_dir, args.world_size))
+            print(f"main.py: stopped; --resume goes on {where} of {args.num_rounds}", file=sys.stderr)
+            raise asked
+        if all(word and word["code"] == 0 for word in words):
             return 0, ""
         time.sleep(1)  # for those that fail over it to say so
-        return failure(args, processes)
+        await_ranks([], readers, words, ())
+        return failure(processes, words)
     finally:
         alive.close()
         for process in processes:
@@ -551,80 +609,118 @@ def launch(target, args):
             process.join()
 
 
-def word_of(args, rank):
-    path = Path(f"{args.store_path}_{rank}")
-    return path.read_text() if path.exists() else ""
+def await_ranks(processes, readers, words, codes):
+    """Collect the words of the ranks until all processes have ended, or one has with another code than `codes`."""
+    running = True
+    while running:
+        running = [process.sentinel for process in processes if process.is_alive()]
+        for rank, reader in enumerate(readers):
+            with contextlib.suppress(EOFError, OSError):  # it ended without a word
+                words[rank] = words[rank] or (reader.recv() if reader.poll() else None)
+        ended = [words[rank] for rank, process in enumerate(processes) if process.sentinel not in running]
+        if any(word is None or word["code"] not in codes for word in ended):
+            break
+        if running:
+            multiprocessing.connection.wait(running)
 
 
-def failure(args, processes):
+def commit_part(args):
+    """Make a checkpoint of what the ranks have saved in the middle of a round."""
+    manifest = Path(args.output_dir, "checkpoints", "staging", "rank_0", "manifest.json")
+    last_round = json.loads(manifest.read_text(encoding="utf-8"))["round"]
+    utils.commit_checkpoint(args.output_dir, f"round_{last_round:05d}_part")
+
+
+def failure(processes, words):
     """Return (exit code, message) of the rank that failed first: who ended without a word, or the first to speak."""
-    words = {rank: word_of(args, rank) for rank in range(args.world_size)}
     for rank, process in enumerate(processes):
         if not words[rank] and not process.is_alive():
             code = process.exitcode
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             return 1, f"rank {rank} {how}" + (" (as the kernel does when memory runs out)" if code == -9 else "")
-    said = {rank: json.loads(word) for rank, word in words.items() if word not in ("", "finished")}
-    rank = min(said, key=lambda rank: said[rank][0])
-    _, text, trace = said[rank]
-    if text == "SystemExit: 3":
+    first = min((word for word in words if word and word["code"] != 0), key=lambda word: word["time"])
+    rank, code = words.index(first), first["code"]
+    if code == utils.STOPPED:
+        return 1, f"rank {rank} was ended by SIGTERM, and all have saved"
+    if isinstance(code, str):
+        return code, code
+    if code == 3:
         return 3, "a self-check failed, see its line; this would not be federated learning"
-    print(trace, file=sys.stderr)
-    return 1, f"rank {rank} failed: {text}"
+    print(first["trace"], file=sys.stderr)
+    silent = [str(rank) for rank, word in enumerate(words) if not word]
+    missing = f"; no word from rank {', '.join(silent)}" if "imed out" in first["text"] and silent else ""
+    return 1, f"rank {rank} failed: {first['text']}{missing}"
 
 
 def run_to_the_end(target, args):
     """Launch the ranks, again after a failure as often as --restarts says, each time from the last checkpoint."""
-    folder = Path(args.output_dir)
     for attempt in range(args.restarts + 1):
         args.store_path = f"{args.data_path}_store_{attempt}"
         code, message = launch(target, args)
         if not code:
             return
-        args.resume_from = newest_checkpoint(folder)
-        after = f"after round {round_of(args.resume_from)} of {args.num_rounds}"
-        if code == 3 or attempt == args.restarts:
-            print(f"main.py: {message}" + (f"; --resume goes on {after}" if code == 1 else ""), file=sys.stderr)
-            raise SystemExit(code)
-        print(f"main.py: {message}; restart {attempt + 1} of {args.restarts} {after}", file=sys.stderr, flush=True)
-        cut_back(folder, args.resume_from)
+        if code != 1:  # it would come to the same again
+            print(f"main.py: {message}", file=sys.stderr)
+            raise SystemExit(code if code == 3 else 1)
+        args.resume_from = utils.find_newest(args.output_dir, args.world_size)
+        where = f"{whereabouts(args.resume_from)} of {args.num_rounds}"
+        if attempt == args.restarts:
+            print(f"main.py: {message}; --resume goes on {where}", file=sys.stderr)
+            raise SystemExit(1)
+        print(f"main.py: {message}; restart {attempt + 1} of {args.restarts} {where}", file=sys.stderr, flush=True)
+        cut_back(Path(args.output_dir), args.resume_from)
 
 
 def cut_back(folder, checkpoint):
-    """Remove what the run has left behind its last checkpoint."""
-    shutil.rmtree(folder / "checkpoints" / "staging", ignore_errors=True)
-    utils.cut_back_logs(folder, round_of(checkpoint))
+    """Remove what the run has left behind the checkpoint from which it goes on."""
+    for path in folder.glob("checkpoints/*"):
+        if path.name == "staging" or path.name > (checkpoint.name if checkpoint else ""):
+            shutil.rmtree(path)
+    utils.cut_back_logs(folder, utils.round_of(checkpoint))
 
 
 def stop(number, frame):
-    """End the program on Ctrl-C or SIGTERM; `launch` ends the ranks."""
-    print("main.py: stopped; --resume goes on after the last checkpoint", file=sys.stderr)
+    """End the program on Ctrl-C or SIGTERM; `launch` lets the ranks save."""
     raise SystemExit(128 + number)
 
 
 def main(argv=None, target=run_rank):
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # of names and labels, whatever the locale
     args = parse_args(argv)
     if argv is None:
         del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    with locked_output_dir(Path(args.output_dir)):
-        check_output_dir(args)
-        if not args.num_gpus:
-            start_imports()
-        rows, held_out = find_rows(args)
-        resume_from = find_checkpoint(args)
-        model_path, tokenizer = find_model(args)
-        for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
-            shutil.rmtree(left)
-        with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:
-            partition = prepare_data(args, rows, held_out, tokenizer, folder)
-            open_output_dir(args, resume_from, partition)
-            print(report.partition_table(partition), flush=True)
-            args.hf_token = None  # the ranks read from this disk only
-            args.model_path, args.resume_from = model_path, resume_from
-            args.data_path = f"{folder}/data"
-            run_to_the_end(target, args)
+    try:
+        with locked_output_dir(Path(args.output_dir)):
+            run(args, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        print(f"main.py: cannot write: {error}; make room on that disk, then --resume", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def run(args, target):
+    """Check and prepare all that the ranks need, and run them."""
+    check_output_dir(args)
+    if not args.num_gpus:
+        start_imports()
+    rows, held_out = find_rows(args)
+    resume_from = find_checkpoint(args)
+    model_path, tokenizer = find_model(args)
+    for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:
+        partition = prepare_data(args, rows, held_out, tokenizer, folder)
+        check_space(args, model_path)
+        open_output_dir(args, resume_from, partition)
+        print(report.partition_table(partition), flush=True)
+        args.hf_token = None  # the ranks read from this disk only
+        args.model_path, args.resume_from = model_path, resume_from
+        args.data_path = f"{folder}/data"
+        run_to_the_end(target, args)
 
 
 if __name__ == "__main__":

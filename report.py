@@ -1,13 +1,13 @@
 """What a run tells people: header, table of the split, a line per round, figure, model card and summary."""
 
 import collections
-import json
 from pathlib import Path
 
 import torch
 
 import utils
 
+SECONDS = ("local", "average", "eval", "save")  # of a round, in rounds.jsonl
 SHOWN_CLIENTS, SHOWN_LABELS = 24, 8  # lines and columns of the table of the split; partition.json has all
 
 # -----------------------------------------------------------------------------
@@ -118,17 +118,17 @@ def plot_losses(output_dir):
     rounds = utils.read_rounds(output_dir)
     axes = Figure(figsize=(7, 4), layout="constrained", dpi=150).subplots()
     for path in sorted(Path(output_dir).glob("client_*_train_loss.json")):
-        losses = json.loads(path.read_text(encoding="utf-8"))
+        losses = [float("nan") if loss is None else loss for loss in utils.read_losses(path)]
         client = int(path.name.split("_")[1])
         played = [entry["round"] for entry in rounds if client in entry["clients"]]
-        axes.plot(played, losses, ".-", markersize=2, color="0.75", linewidth=0.8)
+        axes.plot(*zip(*zip(played, losses)), ".-", markersize=2, color="0.75", linewidth=0.8)
     axes.plot([], [], color="0.75", label="clients, training")
     for name, style, color, label in (
         ("train_loss", "-", "#0072B2", "mean of the clients, training"),
         ("eval_loss", "o-", "#D55E00", "global, held out"),
     ):
         points = [(entry["round"], entry[name]) for entry in rounds if entry[name] is not None]
-        axes.plot(*zip(*points), style, color=color, label=label)
+        axes.plot(*zip(*(points or [(0, float("nan"))])), style, color=color, label=label)
     axes.set(xlabel="round", ylabel="loss (nats per answer token)", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -139,27 +139,29 @@ def plot_losses(output_dir):
 def summarize(args, data, scores, num_questions):
     """Return what `summary.json` holds: the run in one object."""
     rounds = utils.read_rounds(args.output_dir)
-    evaluated = [entry for entry in rounds if entry["eval_loss"] is not None]
+    evaluated = [entry["eval_loss"] for entry in rounds if entry["eval_loss"] is not None] or [None]  # a log was torn
     return {
         "rounds": len(rounds),
         "clients": args.num_clients,
         "rows": data.num_train,
         "tokens": sum(entry["tokens"] for entry in rounds),
-        "seconds": {name: round(sum(entry["seconds"][name] for entry in rounds), 2) for name in rounds[0]["seconds"]},
-        "eval_loss": {"first": evaluated[0]["eval_loss"], "last": evaluated[-1]["eval_loss"]},
+        "seconds": {name: round(sum(entry["seconds"][name] for entry in rounds), 2) for name in SECONDS},
+        "eval_loss": {"first": evaluated[0], "last": evaluated[-1]},
         "exact_match": {when: scores[when]["exact_match"] for when in scores},
         "f1": {when: scores[when]["f1"] for when in scores},
         "answered": num_questions,
-        "bytes_per_round": rounds[-1]["bytes"],
-        "peak_memory_gb": max(entry["peak_memory_gb"] for entry in rounds),
+        "rejected": sum(len(entry["rejected"]) for entry in rounds),
+        "bytes_per_round": max((entry["bytes"] for entry in rounds), default=0),
+        "peak_memory_gb": max((entry["peak_memory_gb"] for entry in rounds), default=0),
     }
 
 
 def print_summary(args, summary, target):
     """Print what the run has come to, and how to use it; `target` is the folder of the model or models."""
     evaluated = [entry for entry in utils.read_rounds(args.output_dir) if entry["eval_loss"] is not None]
-    loss = " -> ".join(f"{entry['eval_loss']:.4f} (round {entry['round']})" for entry in (evaluated[0], evaluated[-1]))
-    print(f"held-out loss  {loss}")
+    if evaluated:
+        first, last = (f"{entry['eval_loss']:.4f} (round {entry['round']})" for entry in (evaluated[0], evaluated[-1]))
+        print(f"held-out loss  {first} -> {last}")
     for name in ("exact_match", "f1"):
         before, after = summary[name]["before"], summary[name]["after"]
         print(f"{name.replace('_', ' '):13}  {before:.1f}% -> {after:.1f}% on {summary['answered']} held-out questions")
@@ -170,7 +172,8 @@ def print_summary(args, summary, target):
 
 def model_card(args, summary):
     """Return the card of the adapter: what it was made from, how, and how well it does."""
-    exact, f1, loss = summary["exact_match"], summary["f1"], summary["eval_loss"]
+    exact, f1 = summary["exact_match"], summary["f1"]
+    first, last = (f"{loss:.4f}" if loss is not None else "unknown" for loss in summary["eval_loss"].values())
     return f"""---
 base_model: {args.model_name}
 library_name: peft
@@ -189,7 +192,7 @@ The clients were simulated on machines of one owner, so this says nothing about 
 | exact match | {exact["before"]:.1f}% | {exact["after"]:.1f}% |
 | F1 | {f1["before"]:.1f}% | {f1["after"]:.1f}% |
 
-Held-out loss {loss["first"]:.4f} at the first evaluated round, {loss["last"]:.4f} at the last.
+Held-out loss {first} at the first evaluated round, {last} at the last.
 
 ```python
 from peft import PeftModel

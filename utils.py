@@ -2,14 +2,18 @@
 
 import copy
 import functools
+import hashlib
 import json
+import math
 import os
+import shutil
+import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from jinja2 import TemplateError
 
 INSTRUCTION = "Answer the question with words copied from the context. If the answer is not there, say unanswerable."
@@ -24,8 +28,19 @@ LORA_VARIANTS = {
     "fedsa": [("lora_", "lora_A")],
 }
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENIZED = Features(
+    input_ids=List(Value("int64")),
+    labels=List(Value("int64")),
+    length=Value("int64"),
+    answer_length=Value("int64"),
+    truncated=Value("bool"),
+    references=List(Value("string")),
+    problem=Value("string"),
+)
 UNANSWERABLE = "unanswerable"
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first of these that a dataset has
+KEPT_CHECKPOINTS = 2
+STOPPED = 143  # exit code of a rank that has saved itself on SIGTERM
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 # -----------------------------------------------------------------------------
@@ -80,9 +95,37 @@ def convert_squad_sample_to_llama_conversation(sample, tokenizer):
 
 def list_answers(sample):
     """Return every accepted answer of a SQuAD row, at least one."""
-    answers = sample["answers"] or []
+    answers = sample["answers"]
     texts = answers["text"] if isinstance(answers, dict) else [answer["text"] for answer in answers]
     return list(texts) or [UNANSWERABLE]
+
+
+def find_problem(row):
+    """Return what is wrong with a row of one of the forms that `tokenize_row` takes, "" where nothing is."""
+
+    def no_text(value):
+        return not isinstance(value, str) or not value.strip()
+
+    def no_messages(value):
+        return not isinstance(value, list) or not value or any(no_message(message) for message in value)
+
+    def no_message(value):
+        return not isinstance(value, dict) or no_text(value.get("role")) or no_text(value.get("content"))
+
+    if "messages" in row:
+        return "messages is not a list of messages with role and content" if no_messages(row["messages"]) else ""
+    if "context" in row and "answers" in row:
+        for name in ("context", "question"):
+            if no_text(row.get(name)):
+                return f"{name} is not a text, or empty"
+        try:
+            return "an answer is not a text, or empty" if any(map(no_text, list_answers(row))) else ""
+        except (TypeError, KeyError, IndexError):
+            return "answers has no list of texts"
+    for name in ("prompt", "completion"):
+        if no_text(row.get(name)) and no_messages(row.get(name)):
+            return f"{name} is neither a text nor a list of messages, or empty"
+    return "" if type(row["prompt"]) is type(row["completion"]) else "prompt and completion are of two kinds"
 
 
 def tokenize_row(row, tokenizer, max_length):
@@ -90,11 +133,20 @@ def tokenize_row(row, tokenizer, max_length):
 
     `row` is SQuAD, `messages` (the last message is the answer) or `prompt`/`completion` (texts or message lists).
     Returns `input_ids` and `labels` of at most `max_length` tokens, `length` and `answer_length` (tokens kept of the
-    row and of its answer), `truncated` (bool) and `references` (the accepted answers, for exact match and F1).
+    row and of its answer), `truncated` (bool), `references` (the accepted answers, for exact match and F1) and
+    `problem`, why the row cannot be used: then it has no tokens.
     """
+    empty = {"input_ids": [], "labels": [], "length": 0, "answer_length": 0, "truncated": False, "references": []}
+    if problem := find_problem(row):
+        return empty | {"problem": problem}
+    try:
+        return tokenize_conversation(row, tokenizer, max_length) | {"problem": ""}
+    except (TemplateError, UnicodeError, TypeError, ValueError, KeyError) as error:
+        return empty | {"problem": f"the chat template or the tokenizer refuses it: {type(error).__name__}"}
+
+
+def tokenize_conversation(row, tokenizer, max_length):
     if "messages" in row:
-        if not isinstance(row["messages"], list):
-            raise TypeError("messages is not a list")
         row = {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
     references = list_answers(row) if "answers" in row and "context" in row else None
     if references:
@@ -119,6 +171,17 @@ def tokenize_row(row, tokenizer, max_length):
         "truncated": len(ids) > max_length,
         "references": references or [completion if isinstance(completion, str) else completion[-1]["content"]],
     }
+
+
+def digest_of_rows(data_path):
+    """Return the sha256 of what main.py has prepared: the tokens of all rows, and whose they are."""
+    digest = hashlib.sha256(Path(data_path, "parts.json").read_bytes())
+    for _, rows in sorted(load_from_disk(data_path).items()):
+        for column in (rows.data.column(name) for name in ("input_ids", "labels")):
+            for chunk in column.chunks:
+                digest.update(chunk.value_lengths().to_numpy())
+                digest.update(chunk.flatten().to_numpy())
+    return digest.hexdigest()
 
 
 def partition_dataset(dataset, rank, world_size, seed=42):
@@ -198,7 +261,27 @@ def plan_rounds(num_clients, clients_per_round, num_rounds, world_size, seed):
 
 
 # -----------------------------------------------------------------------------
-# losses on disk
+# logs and checkpoints on disk
+
+
+def count_lora_parameters(config, r):
+    """Return how many parameters a LoRA of rank `r` on all of LORA_TARGETS has, from the config of the model."""
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads  # Qwen2's config has none
+    queries, keys = heads * head, config.num_key_value_heads * head
+    return config.num_hidden_layers * r * (2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner))
+
+
+def checkpoint_bytes(args, parameters):
+    """Return about how large a checkpoint is, with so many LoRA parameters."""
+    state = moment_bytes(args) + 4 * (args.lora_variant == "fedsa" or args.aggregator == "none") + 4 * args.scaffold
+    return parameters * (4 * args.world_size + state * args.num_clients + 16)  # adapters, clients, and the server's
+
+
+def moment_bytes(args):
+    """Return how many bytes of a client's optimizer state wait for its next turn, per parameter that it trains."""
+    kept = args.client_state == "keep" or args.world_size == args.num_clients
+    return {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}.get(args.optim, 8) * kept
 
 
 def write_aside(path, text):
@@ -208,30 +291,127 @@ def write_aside(path, text):
     os.replace(aside, path)
 
 
+def flush(path):
+    """Wait until a file, or the names in a folder, are on the disk itself."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
+
+
 def append_loss_to_file(path, loss):
-    """Append one loss (nats per answer token) to a JSON list of floats, which is made when it is not there."""
-    losses = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else []
-    write_aside(path, json.dumps(losses + [loss]))
+    """Append one loss (nats per answer token) to a JSON list, which is made when it is not there; no number is null."""
+    write_aside(path, json.dumps(read_losses(path) + [loss if math.isfinite(loss) else None]))
+
+
+def read_losses(path):
+    """Return the list of losses in a file; of a torn file, which is set aside, those before the tear."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else "[]"
+    losses = parse(text)
+    if not isinstance(losses, list):
+        set_aside(path)
+        parts = [parse(part) for part in text.lstrip("[").split(",")[:-1]]  # the last may have lost digits
+        losses = [part for part in parts if isinstance(part, float)]
+    return losses
+
+
+def parse(text):
+    """Return what a JSON text says, None where it is torn."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def read_rounds(output_dir):
-    """Return the rounds that `rounds.jsonl` holds, one dict each, oldest first."""
+    """Return the rounds that `rounds.jsonl` holds, one dict each, oldest first, without lines that are torn."""
     path = Path(output_dir, "rounds.jsonl")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # an unfinished line is no round
-    return [json.loads(line) for line in lines]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    return [entry for entry in map(parse, lines) if isinstance(entry, dict) and "round" in entry]
+
+
+def set_aside(path):
+    """Rename a log that is torn, and say so."""
+    os.replace(path, f"{path}.torn")
+    print(f"{path} was torn: what is left of it goes on, and the file is kept as {Path(path).name}.torn", flush=True)
 
 
 def cut_back_logs(output_dir, last_round):
     """Drop what the logs say of rounds after `last_round`, so that a resumed run logs no round twice."""
-    rounds = [entry for entry in read_rounds(output_dir) if entry["round"] <= last_round]
-    write_aside(Path(output_dir, "rounds.jsonl"), "".join(json.dumps(entry) + "\n" for entry in rounds))
+    path, rounds = Path(output_dir, "rounds.jsonl"), read_rounds(output_dir)
+    if path.exists() and len(rounds) < len(path.read_bytes().splitlines()):
+        set_aside(path)
+    rounds = [entry for entry in rounds if entry["round"] <= last_round]
+    write_aside(path, "".join(json.dumps(entry) + "\n" for entry in rounds))
     evaluated = [entry for entry in rounds if entry["eval_loss"] is not None]
     for path in Path(output_dir).glob("client_*_loss.json"):
         logged = rounds if path.name.endswith("train_loss.json") else evaluated
         keep = sum(int(path.name.split("_")[1]) in entry["clients"] for entry in logged)
-        write_aside(path, json.dumps(json.loads(path.read_text(encoding="utf-8"))[:keep]))
+        write_aside(path, json.dumps(read_losses(path)[:keep]))
     if (path := Path(output_dir, "global_eval_loss.json")).exists():
-        write_aside(path, json.dumps(json.loads(path.read_text(encoding="utf-8"))[: len(evaluated)]))
+        write_aside(path, json.dumps(read_losses(path)[: len(evaluated)]))
+
+
+def round_of(checkpoint):
+    """Return how many rounds a run has finished before a checkpoint: 2 for `round_00002` and for `round_00002_part`."""
+    return int(checkpoint.name.split("_")[1]) if checkpoint else 0
+
+
+def seal(folder, last_round):
+    """Make a rank's part of a checkpoint count: flush its files to the disk, then list them with size and sha256."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        flush(path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[str(path.relative_to(folder))] = [path.stat().st_size, digest]
+    write_aside(folder / "manifest.json", json.dumps({"round": last_round, "files": files}))
+    for path in [folder / "manifest.json", *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        flush(path)
+
+
+def find_fault(checkpoint, world_size):
+    """Return why a checkpoint does not count, None where every rank's part is there and as it was sealed."""
+    for rank in range(world_size):
+        name = f"rank_{rank}/manifest.json"
+        try:
+            manifest = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+            if manifest["round"] != round_of(checkpoint):
+                return f"rank {rank} is at round {manifest['round']}"
+            for file, (size, digest) in manifest["files"].items():
+                name = f"rank_{rank}/{file}"
+                with open(checkpoint / name, "rb") as opened:
+                    if os.fstat(opened.fileno()).st_size != size:
+                        return f"{name} is torn"
+                    if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
+                        return f"{name} is damaged"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{name} is torn"
+    return None
+
+
+def find_newest(output_dir, world_size):
+    """Return the newest checkpoint that counts, None without one; says which are passed over, and why."""
+    for checkpoint in sorted(Path(output_dir).glob("checkpoints/round_*"), reverse=True):
+        if not (fault := find_fault(checkpoint, world_size)):
+            return checkpoint
+        print(f"passing over checkpoints/{checkpoint.name}: {fault}", flush=True)
+    return None
+
+
+def commit_checkpoint(output_dir, name):
+    """Turn `staging` into a checkpoint by one rename, and remove all but the newest; one process alone does this."""
+    folder = Path(output_dir, "checkpoints")
+    for log in [*Path(output_dir).glob("*_loss.json"), Path(output_dir, "rounds.jsonl")]:
+        if log.exists():
+            flush(log)  # a checkpoint has every round before it in the logs, even after a power cut
+    flush(folder / "staging")
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "staging").rename(folder / name)
+    flush(folder)
+    for old in sorted(folder.glob("round_*"))[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(old)
 
 
 # -----------------------------------------------------------------------------
@@ -270,7 +450,7 @@ def sum_over_clients(*terms):
             "what clients send depends on results of the same round: one client a rank, or gather_shards"
         )
     for part, term in zip(sums.split(sizes), terms):
-        term = term.reshape(-1).to(sums.device)
+        term = torch.zeros_like(part) if outbox["silent"] else term.reshape(-1).to(sums.device)
         part.copy_(term) if first else part.add_(term)
     if outbox["last"]:
         dist.all_reduce(sums)  # all ranks participate
@@ -286,9 +466,11 @@ def gather_shards(update, weight, sizes=None):
     Values is float32 (clients, C), weights float64 (clients,). Each rank has a 1/world_size of the coordinates, or
     sizes[rank] of them, so that nobody has all of all clients; `join_shards` is the way back. Every rank takes part.
     """
-    outbox["updates"].append((outbox["client"], weight, update))
-    if len(outbox["updates"]) != outbox["clients"]:
+    outbox["gathered"] += 1
+    if outbox["gathered"] != outbox["clients"]:
         raise RuntimeError("gather_shards may be called once a round: pass it all that is needed, as one vector")
+    if not outbox["silent"]:
+        outbox["updates"].append((outbox["client"], weight, update))
     if not outbox["last"]:
         raise Sent
     return exchange(outbox["updates"], sizes or even_sizes(update.numel()))
@@ -384,7 +566,7 @@ def krum(update, weight, state, num_malicious=1):
     gram = sum(block.double() @ block.double().T for block in values.split(BLOCK, dim=1))
     dist.all_reduce(gram)  # all ranks participate
     squares = (gram.diag()[:, None] + gram.diag() - gram - gram.T).sort(dim=1).values  # column 0: to itself
-    chosen = squares[:, 1 : len(gram) - num_malicious - 1].sum(dim=1).argmin()
+    chosen = squares[:, 1 : max(2, len(gram) - num_malicious - 1)].sum(dim=1).argmin()
     return join_shards(values[chosen], even_sizes(len(update)))
 
 
@@ -430,8 +612,10 @@ AGGREGATORS = {
 # what the strategies are made of
 
 # of this rank in the round under way: who is sending, how many clients have begun to, whether it is the last of them,
-# how often it has called `sum_over_clients`, [senders, sum so far] of each call, and the updates for `gather_shards`
-outbox = {"client": 0, "clients": 0, "last": True, "calls": 0, "sums": [], "updates": []}
+# whether it has none that counts, how often the last has called `sum_over_clients` and all have `gather_shards`,
+# [senders, sum so far] of each call of the one, and the updates for the other
+outbox = {"clients": 0, "sums": [], "updates": [], "gathered": 0}
+BAD_RATIO = 1000
 BLOCK = 2**16  # coordinates that are sorted at a time
 
 
@@ -459,11 +643,11 @@ def exchange(updates, sizes):
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [(client, weight) for client, weight, _ in updates])  # all ranks participate
     mine, vectors = sizes[dist.get_rank()], [vector for _, _, vector in updates]
-    sent = (
-        vectors[0]
-        if len(vectors) == 1
-        else torch.cat([v for part in zip(*(v.split(sizes) for v in vectors)) for v in part])
-    )
+    if len(vectors) == 1:
+        sent = vectors[0]
+    else:
+        parts = [v for part in zip(*(v.split(sizes) for v in vectors)) for v in part]
+        sent = torch.cat(parts or [torch.empty(0, device=communication_device())])
     received = sent.new_empty(sum(map(len, everyone)) * mine)
     dist.all_to_all_single(  # all ranks participate
         received, sent, [len(part) * mine for part in everyone], [len(updates) * size for size in sizes]
@@ -474,6 +658,20 @@ def exchange(updates, sizes):
     if order != list(range(len(clients))):
         values, weights = values[order], weights[order]
     return values, weights.to(values.device)
+
+
+def find_bad_updates(norms):
+    """Return {client: what is wrong} of the updates that are to be left out, by their norms, {client: norm}.
+
+    Those that are NaN or infinite, or longer than BAD_RATIO times the median (the lower one of an even number).
+    """
+    finite = [norm for norm in norms.values() if math.isfinite(norm)]
+    median = statistics.median_low(finite or [0])
+    return {
+        client: f"{norm / median:,.0f} times as long as the median" if math.isfinite(norm) else "not finite"
+        for client, norm in sorted(norms.items())
+        if not math.isfinite(norm) or norm > BAD_RATIO * median > 0
+    }
 
 
 def by_coordinate(function, values):
@@ -564,39 +762,45 @@ def unflatten_parameters(parameters, flat):
         parameter.data.copy_(values.view_as(parameter))
 
 
-def federated_average(
-    model, world_size, start=None, weight=1.0, aggregate=fedavg, state=None, part="", client=None, last=True
-):
+def federated_average(model, world_size, start=None, clients=None, aggregate=fedavg, state=None, part=""):
     """Replace the shared LoRA parameters of every client by their average; every rank takes part.
 
-    With the first two arguments only this is the plain mean, by one all-reduce. `start` (P,) is the vector from which
-    all clients began the round, `weight` this client's rows, `aggregate` a strategy (see EDIT HERE), `state` its dict,
-    `part` a part of the names of the parameters that are shared. A rank calls it for each of its clients of the round,
-    `last` with the last one. Returns (average, update): the averaged update (P,), None before the last client, and the
-    update (P,) of this client. Raises ValueError where the process group has not
-    `world_size` ranks.
+    With the first two arguments only this is the plain mean over the ranks, by one all-reduce. `start` (P,) is the
+    vector from which all clients began the round; `clients` are those that this rank has played, and that count, as a
+    list of (number, weight, update), where update is a vector (P,) or the file that holds it; `aggregate` is a strategy
+    (see EDIT HERE), `state` its dict, `part` a part of the names of the parameters that are shared. Returns the
+    averaged update (P,). Raises ValueError where the process group has not `world_size` ranks.
     """
     if dist.get_world_size() != world_size:
         raise ValueError(f"world_size is {world_size}, but the process group has {dist.get_world_size()} ranks")
     parameters = shared_parameters(model, part)
-    update = flatten_parameters(parameters)
-    start = torch.zeros_like(update) if start is None else start
-    update -= start
+    sizes = [parameter.numel() for parameter in parameters]
+    if start is None:
+        start = torch.zeros(sum(sizes), device=communication_device())
+    if clients is None:
+        clients = [(dist.get_rank(), 1.0, flatten_parameters(parameters) - start)]
     state = {} if state is None else state
     state |= {"start": start, "shapes": [parameter.shape for parameter in parameters]}
-    outbox.update(client=dist.get_rank() if client is None else client, last=last, calls=0)
-    outbox["clients"] += 1
-    if not last:
+    outbox.update(silent=not clients, clients=0, gathered=0, sums=[], updates=[])
+    for client, weight, update in clients[:-1]:
+        outbox.update(client=client, last=False, calls=0)
+        outbox["clients"] += 1
+        own = {name: value for name, value in state.items() if name not in ("start", "shapes")}
         try:
-            own = {name: value for name, value in state.items() if name not in ("start", "shapes")}
-            aggregate(update, weight, state | copy.deepcopy(own))
+            aggregate(load_update(update), weight, state | copy.deepcopy(own))
         except Exception:  # of the server's part, which has nothing to work on
-            if not outbox["calls"] and len(outbox["updates"]) < outbox["clients"]:
+            if not outbox["calls"] and outbox["gathered"] < outbox["clients"]:
                 raise
-        return None, update
-    average = aggregate(update, weight, state)
-    outbox.update(clients=0, sums=[], updates=[])
-    sizes = [parameter.numel() for parameter in parameters]
+    client, weight, update = clients[-1] if clients else (-1, 1.0, torch.zeros_like(start))  # is not sent
+    outbox.update(client=client, last=True, calls=0)
+    outbox["clients"] += 1
+    average = aggregate(load_update(update), weight, state)
+    outbox.update(sums=[], updates=[])
     for parameter, before, change in zip(parameters, start.split(sizes), average.split(sizes)):
         parameter.data.copy_((before + change).view_as(parameter))  # tensor by tensor, which stays in the cache
-    return average, update
+    return average
+
+
+def load_update(update):
+    """Return an update (P,), from its file where it is in one."""
+    return update if torch.is_tensor(update) else torch.load(update, weights_only=True)

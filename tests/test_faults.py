@@ -1,9 +1,11 @@
-"""Kills: every process is gone, the message names who failed first, and the run goes on with the same bits."""
+"""Whatever happens to a run: a finished model, or a clear sentence and a run that goes on with the same bits."""
 
 import functools
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +13,129 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, SMALL_RUN, run_main
+import torch
+from conftest import ROOT, read_adapters
+from workers import poisoned_rank, troubled_rank
 
+import main
+import report
 import utils
+
+FLAGS = "--world_size 2 --num_rounds 4 --local_steps 2 --save_rounds 1 --eval_rounds 2 --lora_dropout 0.1".split()
+FLAGS += "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --learning_rate 1e-2".split()
+
+
+def assert_same(folder, other):
+    """What does not depend on time is equal in the logs of two runs, and so are the bits of what they have trained."""
+    for key in ("round", "digest", "train_loss", "eval_loss", "learning_rate", "client_drift", "tokens"):
+        assert [entry[key] for entry in utils.read_rounds(folder)] == [
+            entry[key] for entry in utils.read_rounds(other)
+        ], key
+    for path in other.glob("*_loss.json"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    assert torch.equal(read_adapters(folder), read_adapters(other))
+
+
+def assert_gone(processes):
+    _, alive = psutil.wait_procs(processes, timeout=15)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_inputs, tmp_path_factory):
+    """A function that returns the folder of an undisturbed run with more flags; each is made once."""
+
+    @functools.cache
+    def run(more=""):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        main.main([*FLAGS, *small_inputs, *more.split(), "--output_dir", str(folder)])
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def run_here(small_inputs, tmp_path, capsys):
+    """A function that runs main in this process, the ranks in theirs; returns (exit code, what main said on stderr)."""
+
+    def run(more="", target=main.run_rank):
+        code = 0
+        try:
+            main.main([*FLAGS, *small_inputs, *more.split(), "--output_dir", str(tmp_path)], target=target)
+        except SystemExit as error:
+            code = error.code
+        server = psutil.Process(main.multiprocessing.forkserver._forkserver._forkserver_pid)
+        assert not [child for child in server.children() if child.status() != psutil.STATUS_ZOMBIE]
+        assert not list(tmp_path.glob(".prepared-*"))
+        return code, capsys.readouterr().err
+
+    return run
+
+
+# -----------------------------------------------------------------------------
+# a rank dies, stops, or does not answer
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("trouble", ["killed in a step", "killed in a collective", "killed while saving"])
+def test_killed_rank(run_here, undisturbed, tmp_path, trouble, victim):
+    code, errors = run_here(target=functools.partial(troubled_rank, trouble, victim))
+    killed = rf"main.py: rank {victim} was ended by SIGKILL \(as the kernel does when memory runs out\)"
+    assert code == 1 and re.fullmatch(rf"{killed}; --resume goes on after round 1 of 4\n", errors), errors
+    assert run_here("--resume") == (0, "")
+    assert_same(tmp_path, undisturbed())
+
+
+MANY = "--num_clients 6 --clients_per_round 4 "  # two turns a round and rank
+
+
+@pytest.mark.parametrize(
+    ("trouble", "victim", "more"),
+    [
+        ("stopped in a step", 0, MANY + "--scaffold --prox_mu 0.1"),
+        ("stopped in a step", 1, "--lora_variant rolora --aggregator fedadam"),
+        ("stopped ahead of the others", 0, "--scaffold --client_state reset"),
+        ("stopped ahead of the others", 1, "--lora_variant fedsa"),
+        ("stopped in a later turn", 1, MANY + "--aggregator median"),
+        ("stopped in a later turn", 0, MANY + "--lora_variant rolora --prox_mu 0.1"),
+        ("stopped in a later turn", 0, MANY + "--aggregator none"),
+        ("stopped while evaluating", 1, ""),
+        ("stopped while saving", 0, MANY),
+    ],
+)
+def test_stopped_rank_loses_nothing(run_here, undisturbed, tmp_path, trouble, victim, more):
+    """SIGTERM to one rank: all finish their step and save, in the middle of a round, and the run goes on from there."""
+    code, errors = run_here(f"{more} --restarts 1", functools.partial(troubled_rank, trouble, victim))
+    expected = rf"main.py: rank {victim} was ended by SIGTERM, and all have saved; restart 1 of 1 in round (\d) of 4\n"
+    assert code == 0 and re.fullmatch(expected, errors), errors
+    assert_same(tmp_path, undisturbed(more))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("no answer", "rank 0 failed: TimeoutError: no sign of rank 1 for 0.1 minutes (--timeout)"),
+        ("slow", "rank 0 failed: TimeoutError: no sign of rank 1 for 0.1 minutes (--timeout)"),
+        ("disk full", "; make room on the disk of --output_dir"),
+        ("exception", "rank 1 failed: RuntimeError: something with a line"),
+        ("out of memory", "OutOfMemoryError: CUDA out of memory; lower --per_device_train_batch_size, then"),
+    ],
+)
+def test_failed_rank(run_here, undisturbed, tmp_path, trouble, message):
+    code, errors = run_here("--timeout 0.1", target=functools.partial(troubled_rank, trouble, 1))
+    assert code == 1 and errors.splitlines()[-1].endswith("; --resume goes on after round 1 of 4")
+    assert message in errors.splitlines()[-1]
+    assert run_here("--resume") == (0, "")
+    assert_same(tmp_path, undisturbed())
+
+
+# -----------------------------------------------------------------------------
+# signals to the program, as users and schedulers send them
 
 
 def start(folder, *flags, round_to_reach=1, **popen):
     """Start a run, wait until a round has been logged; returns the process and all its descendants."""
-    command = [sys.executable, str(ROOT / "main.py"), *SMALL_RUN, *flags, "--output_dir", str(folder)]
+    command = [sys.executable, str(ROOT / "main.py"), *FLAGS, *flags, "--output_dir", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
     deadline = time.monotonic() + 120
     while len(utils.read_rounds(folder)) < round_to_reach:
@@ -27,71 +144,309 @@ def start(folder, *flags, round_to_reach=1, **popen):
     return process, psutil.Process(process.pid).children(recursive=True)
 
 
-def ranks_of(processes):
-    """The two ranks: forked from the server, in the order in which they were started."""
-    (server,) = [p for p in processes if any(child in processes for child in p.children())]
-    return sorted(server.children(), key=lambda child: child.pid)
+def find_ranks(process):
+    """The ranks: forked from the server, in the order in which they were started."""
+    servers = [child for child in psutil.Process(process.pid).children() if "forkserver" in " ".join(child.cmdline())]
+    return sorted((rank for server in servers for rank in server.children()), key=lambda rank: rank.pid)
 
 
-def assert_gone(processes):
-    _, alive = psutil.wait_procs(processes, timeout=15)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+def start_script(folder, flags, target):
+    """Start a run in folder/out, with another target, as a program of its own."""
+    (folder / "script.py").write_text(f"""
+import functools, signal, main, workers
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, main.stop)
+    main.main({[*flags, "--output_dir", str(folder / "out")]}, target=functools.partial({target}))
+""")
+    return subprocess.Popen(
+        [sys.executable, str(folder / "script.py")], env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
 
 
-def assert_resumes(folder, finished):
-    resumed = run_main(*SMALL_RUN, "--output_dir", folder, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same(folder, finished)
-
-
-def assert_same(folder, finished):
-    for key in ("round", "digest", "train_loss", "eval_loss", "learning_rate"):
-        assert [entry[key] for entry in utils.read_rounds(folder)] == [
-            entry[key] for entry in utils.read_rounds(finished[0])
-        ], key
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_killed_rank_is_named_and_a_restart_gives_the_same_bits(tmp_path, finished, rank):
-    process, processes = start(tmp_path, "--restarts", "1")
-    os.kill(ranks_of(processes)[rank].pid, signal.SIGKILL)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert re.search(rf"rank {rank} was ended by SIGKILL .*; restart 1 of 1 after round \d of 4", errors), errors
-    assert_gone(processes)
-    assert_same(tmp_path, finished)
-    losses = json.loads((tmp_path / "client_1_train_loss.json").read_text())
-    assert losses == json.loads((finished[0] / "client_1_train_loss.json").read_text())
-
-
-def test_killed_rank_without_restarts(tmp_path, finished):
-    process, processes = start(tmp_path)
-    os.kill(ranks_of(processes)[1].pid, signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert re.fullmatch(r"main.py: rank 1 was ended by SIGKILL .*; --resume goes on after round \d of 4\n", errors), (
-        errors
-    )
-    assert_gone(processes)
-    assert_resumes(tmp_path, finished)
-
-
-def test_killed_parent_leaves_nobody(tmp_path):
-    """Started as by a job script that uses `&`: with SIGINT ignored."""
-    process, processes = start(tmp_path, preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
-    process.kill()
-    process.wait()
-    assert len(processes) >= 3
-    assert_gone(processes)
+LONG = ["--num_rounds", "40", "--eval_rounds", "40", "--save_rounds", "10"]
+DEFAULT_SIGINT = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even under `&`
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_parent(tmp_path, number, code):
-    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even under `&`
-    process, processes = start(tmp_path, start_new_session=True, preexec_fn=default)
+def test_stopped_program(run_here, undisturbed, small_inputs, tmp_path, number, code):
+    process, processes = start(tmp_path, *LONG, *small_inputs, start_new_session=True, preexec_fn=DEFAULT_SIGINT)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, errors = process.communicate(timeout=15)
-    assert process.returncode == code and "Traceback" not in errors
-    assert errors.splitlines()[-1] == "main.py: stopped; --resume goes on after the last checkpoint"
+    assert process.returncode == code
+    first, last = errors.splitlines()
+    assert first == "main.py: finishing the step and saving; once more ends it at once"
+    assert re.fullmatch(r"main.py: stopped; --resume goes on in round \d+ of 40", last)
     assert_gone(processes)
-    assert not list(tmp_path.glob(".prepared-*"))
+    assert run_here(" ".join([*LONG, "--resume"])) == (0, "")
+    assert_same(tmp_path, undisturbed(" ".join(LONG)))
+
+
+def test_stopped_twice(small_inputs, tmp_path):
+    """The second Ctrl-C does not wait for the step, which takes a minute here."""
+    process = start_script(tmp_path, [*FLAGS, *small_inputs], 'workers.troubled_rank, "slow", 1')
+    while not utils.read_rounds(tmp_path / "out"):
+        time.sleep(0.01)
+    processes = psutil.Process(process.pid).children(recursive=True)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=15)
+    assert process.returncode == 130 and errors.count("\n") == 1
+    assert_gone(processes)
+
+
+def test_sigint_to_a_rank_is_nothing(undisturbed, small_inputs, tmp_path):
+    """A rank that it ended would look as if it had finished, and the others would wait."""
+    process, _ = start(tmp_path, *LONG, *small_inputs)
+    for rank in find_ranks(process):
+        rank.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    assert_same(tmp_path, undisturbed(" ".join(LONG)))
+
+
+def test_killed_program_leaves_nobody(small_inputs, run_here, undisturbed, tmp_path):
+    """Started as by a job script that uses `&`: with SIGINT ignored."""
+    ignored = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    process, processes = start(tmp_path, *LONG, *small_inputs, preexec_fn=ignored)
+    process.kill()
+    process.communicate()
+    assert len(processes) >= 3
+    assert_gone(processes)
+    assert run_here(" ".join([*LONG, "--resume"])) == (0, "")
+    assert_same(tmp_path, undisturbed(" ".join(LONG)))
+
+
+def test_two_runs_at_once(undisturbed, small_inputs, tmp_path):
+    runs = [start(tmp_path / name, *small_inputs, round_to_reach=0)[0] for name in ("a", "b")]
+    for run in runs:
+        assert run.communicate(timeout=120)[1] == "" and run.returncode == 0
+    for name in ("a", "b"):
+        assert_same(tmp_path / name, undisturbed())
+
+
+def test_twenty_random_kills(undisturbed, small_inputs, tmp_path):
+    """Of any rank at any time, also while it starts: with --restarts the same bits as of the undisturbed run."""
+    flags = "--num_rounds 60 --eval_rounds 60 --save_rounds 2"
+    process, _ = start(tmp_path, *flags.split(), *small_inputs, "--restarts", "20", round_to_reach=0)
+    choose, kills = random.Random(5), 0
+    while kills < 20:
+        time.sleep(choose.uniform(0, 2.5))
+        while not (ranks := find_ranks(process)) and process.poll() is None:
+            time.sleep(0.01)
+        assert process.poll() is None, f"it was finished after {kills} kills"
+        choose.choice(ranks).kill()
+        kills += 1
+        assert_gone(ranks)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert errors.count("was ended by SIGKILL") == errors.count("restart ") == 20
+    assert_same(tmp_path, undisturbed(flags))
+
+
+# -----------------------------------------------------------------------------
+# what is on the disk
+
+
+@pytest.fixture
+def copy(undisturbed, tmp_path):
+    """A run to resume: of 4 rounds, but it has not published its model; checkpoints of rounds 3 and 4."""
+    shutil.copytree(undisturbed(), tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "federated_global_model")
+    return tmp_path
+
+
+def test_every_torn_file_is_noticed(copy):
+    checkpoint = copy / "checkpoints" / "round_00004"
+    assert utils.find_fault(checkpoint, 2) is None
+    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert len(paths) >= 20
+    for path in paths:
+        name, content = path.relative_to(checkpoint), path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert utils.find_fault(checkpoint, 2) == f"{name} is torn"
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert utils.find_fault(checkpoint, 2) == f"{name} is damaged"
+        path.unlink()
+        assert utils.find_fault(checkpoint, 2) == f"{name} is missing"
+        path.write_bytes(content)
+    manifest = checkpoint / "rank_1" / "manifest.json"
+    content = manifest.read_text()
+    for text in ("", content[:100], "[]", "{}"):
+        manifest.write_text(text)
+        assert utils.find_fault(checkpoint, 2) == "rank_1/manifest.json is torn"
+    manifest.write_text(content)
+    assert utils.find_fault(checkpoint, 3) == "rank_2/manifest.json is missing"
+    assert utils.find_newest(copy, 2) == checkpoint
+
+
+def test_a_rank_that_is_a_round_ahead(copy):
+    checkpoints = copy / "checkpoints"
+    shutil.rmtree(checkpoints / "round_00003" / "rank_1")
+    shutil.copytree(checkpoints / "round_00004" / "rank_1", checkpoints / "round_00003" / "rank_1")
+    assert utils.find_fault(checkpoints / "round_00003", 2) == "rank 1 is at round 4"
+
+
+def test_resume_passes_over_what_is_torn(copy, run_here, undisturbed, capfd):
+    """Of the newest checkpoint one file, of the logs one of each kind; then no checkpoint is whole."""
+    (copy / "checkpoints" / "round_00004" / "rank_1" / "clients.pt").write_bytes(b"")
+    shutil.copy(copy / "client_0_train_loss.json", copy / "kept")
+    (copy / "client_0_train_loss.json").write_text((copy / "kept").read_text()[:-5])
+    (copy / "client_1_train_loss.json").write_text("")
+    assert run_here("--resume") == (0, "")
+    output = capfd.readouterr().out
+    assert "passing over checkpoints/round_00004: rank_1/clients.pt is torn" in output
+    assert "resuming after round 3 of 4" in output and "client_1_train_loss.json.torn" in output
+    assert (copy / "client_1_train_loss.json.torn").read_text() == ""
+    assert json.loads((copy / "client_0_train_loss.json").read_text()) == json.loads((copy / "kept").read_text())
+    assert len(json.loads((copy / "client_1_train_loss.json").read_text())) == 1
+    for path in undisturbed().glob("client_*_train_loss.json"):
+        shutil.copy(path, copy)
+    assert_same(copy, undisturbed())
+    shutil.rmtree(copy / "federated_global_model")
+    for path in (copy / "checkpoints").glob("round_*/rank_0/manifest.json"):
+        path.unlink()
+    (copy / "rounds.jsonl").write_text("")
+    assert run_here("--resume") == (0, "")
+    assert "resuming after round 0 of 4" in capfd.readouterr().out
+    assert_same(copy, undisturbed())
+
+
+def test_torn_logs(tmp_path):
+    path = tmp_path / "client_0_train_loss.json"
+    whole = "[1.5, 2.5]"
+    cases = {"": [], "[": [], "[1.5, 2": [1.5], whole: [1.5, 2.5], "[1.5, 2.5,": [1.5, 2.5], "null": []}
+    for text, losses in cases.items():
+        path.write_text(text)
+        utils.append_loss_to_file(path, 7.25)
+        assert json.loads(path.read_text()) == [*losses, 7.25]
+        torn = path.with_name(f"{path.name}.torn")
+        assert torn.exists() == (text != whole) and (not torn.exists() or torn.read_text() == text)
+        torn.unlink(missing_ok=True)
+    utils.append_loss_to_file(path, float("nan"))
+    assert json.loads(path.read_text()) == [7.25, None]
+    entry = {"round": 1, "eval_loss": None, "clients": [0]}
+    lines = [json.dumps(entry | {"round": number}) for number in (1, 2, 3)]
+    torn = "\n".join([lines[0], lines[1][:9], lines[2]]) + "\n"
+    (tmp_path / "rounds.jsonl").write_text(torn)
+    utils.cut_back_logs(tmp_path, 3)
+    assert [entry["round"] for entry in utils.read_rounds(tmp_path)] == [1, 3]
+    assert (tmp_path / "rounds.jsonl.torn").read_text() == torn
+
+
+def test_logs_that_are_gone_end_no_run(copy, run_here):
+    """After the last round there is nothing left to log: the figure and the summary do with what there is."""
+    for path in [*copy.glob("*_loss.json"), copy / "rounds.jsonl"]:
+        path.write_text("")
+    assert run_here("--resume") == (0, "")
+    summary = json.loads((copy / "summary.json").read_text())
+    assert summary["eval_loss"] == {"first": None, "last": None} and summary["exact_match"]["after"] >= 0
+    assert read_adapters(copy).norm() > 0
+
+
+def test_torn_config_and_changed_data_are_refused(copy, run_here, tmp_path_factory, small_inputs):
+    other = tmp_path_factory.mktemp("other") / "rows.jsonl"
+    lines = open(small_inputs[3]).read().splitlines()
+    other.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    kept = shutil.copy(small_inputs[3], other.parent / "kept")
+    try:
+        shutil.copy(other, small_inputs[3])  # under the same name
+        code, errors = run_here("--resume")
+    finally:
+        shutil.copy(kept, small_inputs[3])
+    assert code == 2 and "was started with other rows or another tokenizer" in errors
+    (copy / "config.json").write_text("{")
+    code, errors = run_here("--resume")
+    assert code == 2 and "the flags of the run, cannot be read" in errors
+    (copy / "config.json").unlink()
+    code, errors = run_here()  # which would remove the checkpoints
+    assert code == 2 and "already holds a run" in errors
+
+
+def test_no_room_is_noticed_before_a_model_is_loaded(run_here, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
+    code, errors = run_here(target=None)
+    assert code == 2 and "0.00 GB free, and the run needs" in errors
+
+
+def test_a_checkpoint_is_as_large_as_foretold(undisturbed, small_inputs):
+    """Within a third: a small model's checkpoint is half tokenizer, so its files are left out."""
+    sizes = {path.name: 0 for path in undisturbed().glob("checkpoints/round_00004/rank_*/**/*")}
+    for path in undisturbed().glob("checkpoints/round_00004/rank_*/**/*"):
+        sizes[path.name] += path.stat().st_size if path.is_file() else 0
+    size = sum(sizes[name] for name in ("adapter_model.safetensors", "optimizer.pt", "clients.pt", "federation.pt"))
+    args = main.parse_args(FLAGS)
+    config = main.utils.Path(small_inputs[1])
+    from transformers import AutoConfig
+
+    parameters = utils.count_lora_parameters(AutoConfig.from_pretrained(config), args.lora_r)
+    assert parameters == read_adapters(undisturbed()).numel()
+    assert size / 1.5 < utils.checkpoint_bytes(args, parameters) < size * 1.5
+
+
+# -----------------------------------------------------------------------------
+# updates that would spoil the average
+
+
+def test_bad_updates():
+    assert utils.find_bad_updates({0: 1.0, 1: 2.0, 2: 3.0}) == {}
+    assert utils.find_bad_updates({2: float("nan"), 0: 1.0, 1: float("inf")}) == {1: "not finite", 2: "not finite"}
+    assert utils.find_bad_updates({0: 1.0, 1: 1000.0}) == {}
+    assert utils.find_bad_updates({0: 1.0, 1: 1500.0}) == {1: "1,500 times as long as the median"}
+    assert utils.find_bad_updates({0: 0.0, 1: 0.0, 2: 1.0}) == {}  # nothing is a multiple of nothing
+    assert utils.find_bad_updates({0: float("nan")}) == {0: "not finite"}
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e6])
+@pytest.mark.parametrize("more", ["", "--scaffold", "--lora_variant fedsa", "--aggregator krum"])
+def test_a_bad_update_is_left_out_on_any_layout(run_here, tmp_path, poison, more):
+    """Client 1 of 5; it takes part again in the next round."""
+    adapters = []
+    for size in (1, 2, 5):
+        flags = f"{more} --num_clients 5 --world_size {size} --overwrite"
+        assert run_here(flags, functools.partial(poisoned_rank, poison, [1])) == (0, "")
+        rounds = utils.read_rounds(tmp_path)
+        assert [entry["rejected"] for entry in rounds] == [[], [1], [], []]
+        assert all(entry["clients"] == [0, 1, 2, 3, 4] for entry in rounds)
+        assert rounds[1]["client_drift"][1] is None and None not in rounds[2]["client_drift"]
+        assert json.loads((tmp_path / "summary.json").read_text())["rejected"] == 1
+        adapters.append(read_adapters(tmp_path))
+    assert adapters[0].isfinite().all() and torch.equal(adapters[0], adapters[1])
+    assert torch.equal(adapters[0], adapters[2])
+
+
+def test_a_client_that_is_left_out_is_named(small_inputs, tmp_path):
+    process = start_script(tmp_path, [*FLAGS, *small_inputs], "workers.poisoned_rank, 1e9, [0]")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    line = r"  client 0 is left out of round 2: its update is [\d,]{7,} times as long as the median\n"
+    assert len(re.findall(line, output)) == 1 and output.count("left out") == 1
+
+
+def test_on_bad_update_fail(run_here, tmp_path):
+    target = functools.partial(poisoned_rank, float("nan"), [1])
+    code, errors = run_here("--on_bad_update fail --restarts 3", target)
+    assert code == 1 and errors == (
+        "main.py: round 2: the update of client 1 is not finite; lower --learning_rate\n"
+    )  # no restart: it would come to the same
+    assert [path.name for path in (tmp_path / "checkpoints").glob("round_*")] == ["round_00001"]
+
+
+def test_all_updates_are_bad(run_here, tmp_path):
+    """The run ends with the model of the round before."""
+    code, errors = run_here(target=functools.partial(poisoned_rank, float("nan"), [0, 1]))
+    assert code == 1 and errors == (
+        "main.py: round 2: the update of every client is not finite; lower --learning_rate. "
+        "The model of round 1 is in federated_global_model\n"
+    )
+    (first,) = utils.read_rounds(tmp_path)
+    model = tmp_path / "federated_global_model" / "adapter_model.safetensors"
+    from safetensors.torch import load_file
+
+    checkpoint = tmp_path / "checkpoints" / "round_00001" / "rank_0" / "checkpoint-2" / "adapter_model.safetensors"
+    saved, kept = load_file(model), load_file(checkpoint)
+    assert first["round"] == 1 and saved.keys() == kept.keys()
+    assert all(torch.equal(saved[name], kept[name]) for name in saved)
+    assert report.round_line(main.parse_args(FLAGS), first)

@@ -69,17 +69,17 @@ CASES = {
 }
 
 
-def run(folder, world_size, shuffled):
-    """Run CASES; client k is played by rank k % world_size, or by another. Returns one dict for every rank."""
+def run(folder, world_size, layout=""):
+    """Run CASES; returns one dict for every rank."""
     mp.start_processes(
-        strategies_rank, args=(str(folder), CASES, world_size, shuffled), nprocs=world_size, start_method="forkserver"
+        strategies_rank, args=(str(folder), CASES, world_size, layout), nprocs=world_size, start_method="forkserver"
     )
     return [torch.load(folder / f"strategies_{rank}.pt") for rank in range(world_size)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("three"), 3, False)
+    return run(tmp_path_factory.mktemp("three"), 3)
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +92,12 @@ def test_every_strategy_has_a_case():
 
 
 def test_all_ranks_agree_whoever_plays_whom(results, tmp_path_factory):
-    """3 ranks, and 2 that play the clients in another order: the same bits."""
-    two = run(tmp_path_factory.mktemp("two"), 2, True)
+    """3 ranks, 2 that play the clients in another order, and 2 of which one has no client: the same bits."""
+    two = run(tmp_path_factory.mktemp("two"), 2, "shuffled")
+    idle = run(tmp_path_factory.mktemp("idle"), 2, "idle")
     for name in CASES:
         if name != "none":
-            for other in [*results[1:], *two]:
+            for other in [*results[1:], *two, *idle]:
                 for mine, theirs in zip(results[0]["averages"][name], other["averages"][name]):
                     assert torch.equal(mine, theirs), name
     assert results[0]["error"] == pytest.approx(two[0]["error"], rel=1e-6)
@@ -191,11 +192,10 @@ def test_a_strategy_must_not_send_what_depends_on_a_result(tmp_path):
     )
     try:
         model = torch.nn.ParameterList([torch.ones(3)])
-        utils.federated_average(model, 1, torch.zeros(3), aggregate=dependent, last=False)
+        two = [(0, 1.0, torch.ones(3)), (1, 1.0, torch.ones(3))]
         with pytest.raises(RuntimeError, match="depends on results of the same round"):
-            utils.federated_average(model, 1, torch.zeros(3), aggregate=dependent)
+            utils.federated_average(model, 1, torch.zeros(3), two, dependent)
     finally:
-        utils.outbox.update(clients=0, sums=[], updates=[])
         torch.distributed.destroy_process_group()
 
 

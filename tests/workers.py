@@ -3,7 +3,9 @@
 import argparse
 import gc
 import os
+import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -201,8 +203,11 @@ def two_sums(update, weight, state):
     return average * state["rounds"]
 
 
-def strategies_rank(rank, folder, cases, world_size, shuffled):
-    """Average the clients of every case, round by round; writes down the averages, and the aggregation error."""
+def strategies_rank(rank, folder, cases, world_size, layout):
+    """Average the clients of every case, round by round; writes down the averages, and the aggregation error.
+
+    Client k is played by rank k % world_size, or by another (`shuffled`), or by rank 0 whatever k is (`idle`).
+    """
     import federated
 
     utils.AGGREGATORS["two_sums"] = two_sums
@@ -211,26 +216,22 @@ def strategies_rank(rank, folder, cases, world_size, shuffled):
     )
     result = {"averages": {}}
     note_collectives(calls := [])
-    offset = world_size - 1 if shuffled else 0
+    offset = world_size - 1 if layout == "shuffled" else 0
     for name, case in cases.items():
         calls.clear()
         args = argparse.Namespace(aggregator=case["aggregate"], **case["settings"])
         model = torch.nn.ParameterList([torch.zeros(*shape) for shape in case["shapes"]])
         start, state, averages = case["start"], {}, []
         mine = [k for k in range(len(case["weights"])) if k % world_size == (rank + offset) % world_size]
+        if layout == "idle":
+            mine = [] if rank else list(range(len(case["weights"])))
         for updates in case["updates"]:
-            for k in reversed(mine) if shuffled else mine:
-                utils.unflatten_parameters(list(model), start + updates[k])
-                average, _ = utils.federated_average(
-                    model,
-                    world_size,
-                    start,
-                    case["weights"][k],
-                    federated.make_strategy(args),
-                    state,
-                    client=k,
-                    last=k == mine[0 if shuffled else -1],
-                )
+            clients = [(k, case["weights"][k], updates[k]) for k in (reversed(mine) if layout == "shuffled" else mine)]
+            for i, (client, weight, update) in enumerate(clients[:-1]):  # a rank has all but its last in files
+                torch.save(update.clone(), f"{folder}/update_{rank}_{i}.pt")
+                clients[i] = (client, weight, f"{folder}/update_{rank}_{i}.pt")
+            strategy = federated.make_strategy(args)
+            average = utils.federated_average(model, world_size, start, clients, strategy, state)
             if name != "none":
                 assert torch.equal(utils.flatten_parameters(list(model)), start + average)
             start = start + average
@@ -243,3 +244,92 @@ def strategies_rank(rank, folder, cases, world_size, shuffled):
             result["error"] = utils.product_error(clients, [torch.Size(shape) for shape in case["shapes"]])
     torch.save(result, f"{folder}/strategies_{rank}.pt")
     dist.destroy_process_group()
+
+
+def troubled_rank(trouble, victim, rank, args):
+    """main.run_rank, but in the first launch something happens to rank `victim` in round 2 (of 2 steps a turn)."""
+    import federated
+    import main
+
+    def at(step, function, who=victim):
+        """Call `function` in the forward pass of rank `who` that follows so many optimizer steps."""
+        original = federated.LocalTrainer.training_step
+
+        def training_step(self, *args):
+            if self.state.global_step == step and rank == who:
+                function()
+            return original(self, *args)
+
+        federated.LocalTrainer.training_step = training_step
+
+    def before(owner, name, function):
+        """Call `function` before the victim's next call of `name` in round 2."""
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            if rank == victim and len(utils.read_rounds(output_dir)) == 1:
+                function()
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def be_stopped():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def fill_the_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    output_dir, turns = args.output_dir, -(-args.clients_per_round // args.world_size)
+    middle = 2 * turns + 1  # of the first turn of round 2
+    if args.store_path.endswith("_0") and not args.resume_from:
+        if trouble == "killed in a step":
+            at(middle, die)
+        elif trouble == "killed in a collective":  # the other rank is in it already
+            before(dist, "all_reduce", lambda: (time.sleep(0.5), die()))
+        elif trouble == "killed while saving":
+            before(utils, "seal", die)
+        elif trouble == "stopped in a step":  # the other rank waits for it
+            at(middle, lambda: (time.sleep(1), be_stopped()))
+        elif trouble == "stopped ahead of the others":
+            at(middle, be_stopped)
+            at(middle, lambda: time.sleep(1), 1 - victim)
+        elif trouble == "stopped in a later turn":
+            at(middle + 2, be_stopped)
+        elif trouble == "stopped while evaluating":
+            before(federated, "evaluate", be_stopped)
+        elif trouble == "stopped while saving":
+            before(utils, "seal", be_stopped)
+        elif trouble == "no answer":
+            at(middle, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        elif trouble == "slow":
+            at(middle, lambda: time.sleep(60))
+        elif trouble == "disk full":
+            before(federated.FederatedRounds, "save", fill_the_disk)
+        elif trouble == "exception":
+            at(middle, lambda: (_ for _ in ()).throw(RuntimeError("something with a line\nand another")))
+        elif trouble == "out of memory":
+            at(middle, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+        else:
+            raise ValueError(trouble)
+    main.run_rank(rank, args)
+
+
+def poisoned_rank(poison, clients, rank, args):
+    """main.run_rank, but in the last step of round 2 the gradients of `clients` turn out wrong."""
+    import federated
+    import main
+
+    original = federated.FederatedRounds.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        number, client = self.data.turns[(state.global_step - 1) // self.args.local_steps]
+        if state.global_step % self.args.local_steps == 0 and number == 2 and client in clients:
+            for parameter in [*self.parameters, *self.private]:
+                parameter.data.mul_(poison)
+        return original(self, args, state, control, **kwargs)
+
+    federated.FederatedRounds.on_step_end = on_step_end
+    main.run_rank(rank, args)
