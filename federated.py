@@ -65,6 +65,7 @@ def load_model(args, device):
         dtype=dtype,
         quantization_config=quantization if args.load_in_4bit else None,
         device_map={"": device},
+        trust_remote_code=False,
     )
     if args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the trainer decides on that

@@ -9,12 +9,14 @@ This file turns flags into checked input and starts the ranks; `federated.local_
 import os
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # before anything of Hugging Face is imported
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else loading a local file calls s3.amazonaws.com
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # what a killed process has not given back is no news to the user
 os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
 import importlib.metadata
@@ -50,6 +52,7 @@ PARTITIONS = ["iid", "dirichlet", "column", "quantity"]
 SERVER_FLAGS = "server_lr server_momentum server_beta2 server_tau clip_norm trim_fraction num_malicious".split()
 TRACKERS = ["none", "tensorboard", "wandb", "trackio", "mlflow"]
 MAX_CLIENTS = 1000
+PR_SET_PDEATHSIG = 1  # of the kernel's prctl.h
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 MAX_BAD_ROWS, SHOWN_ROWS = 0.01, 3  # share of rows that may be bad and are left out; bad rows that are named
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
@@ -136,6 +139,7 @@ def parse_args(argv=None):
     add("--restarts", type=not_negative_int, default=0, help="after a failure, start again from the last checkpoint")
     add("--timeout", type=positive(float), default=30, help="minutes that a rank waits for the others")
     add("--backend", choices=["nccl", "gloo"], help="(default: nccl with a GPU for every rank, otherwise gloo)")
+    parser.error = fail
     args = parser.parse_args(argv)
 
     args.hf_token = (args.hf_token or os.environ.get("HF_TOKEN", "")).strip() or None
@@ -236,7 +240,8 @@ def seed(text):
 
 
 def fail(message):
-    """End the program over bad input: one line that says what to do, exit code 2."""
+    """End the program over bad input: one line that says what to do, without a token in it, exit code 2."""
+    message = re.sub(r"(?<![-\w])hf_\w+", "hf_...", " ".join(message.split()))
     print(f"main.py: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -336,11 +341,12 @@ def resolved_config(args):
 
 
 def find_model(args):
-    """Return the folder of the model, downloading it once for all ranks, and its tokenizer."""
+    """Return the folder of the model, downloading it once for all ranks, its config and its tokenizer."""
+    import transformers
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
     from safetensors import safe_open
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     name, path = args.model_name, args.model_name
     if not os.path.isdir(name):
@@ -363,17 +369,16 @@ def find_model(args):
     tensors = [tensor for file in weights for tensor in safe_open(file, "pt").keys()]
     if missing := [part for part in utils.LORA_TARGETS if not any(f".{part}." in tensor for tensor in tensors)]:
         fail(f"--model_name {name} is not built as LLaMA is: it has no {', '.join(missing)}")
+    transformers.logging.set_verbosity_error()
     try:
-        return path, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        load = {"pretrained_model_name_or_path": path, "trust_remote_code": False}
+        return path, AutoConfig.from_pretrained(**load), AutoTokenizer.from_pretrained(**load)
     except Exception as error:
-        fail(f"--model_name {name}: its tokenizer cannot be loaded: {first_line(error)}")
+        fail(f"--model_name {name}: its config or tokenizer cannot be loaded: {first_line(error)}")
 
 
-def check_space(args, model_path):
+def check_space(args, config):
     """Refuse to start where the disk of output_dir has not the room for the checkpoints."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     parameters = utils.count_lora_parameters(config, args.lora_r)
     each = utils.checkpoint_bytes(args, parameters)
     room = shutil.disk_usage(args.output_dir).free
@@ -544,6 +549,11 @@ def start_imports():
 def guard(rank, target, args, parent, words):
     """Run one rank so that it dies with its parent, and leaves word of how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent decides
+    if sys.platform == "linux":
+        # the pipe covers the time before this, and this a rank that cannot look at its pipe
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not args.num_gpus:  # the parent is the server, which lives as long as somebody can reach it
+        os.close(multiprocessing.forkserver._forkserver._forkserver_alive_fd)
     threading.Thread(target=die_with, args=(parent,), daemon=True).start()
     code, text, trace = 0, "", ""
     try:
@@ -554,7 +564,7 @@ def guard(rank, target, args, parent, words):
         code, text, trace = 1, f"{type(error).__name__}: {first_line(error)}", traceback.format_exc()[-10_000:]
         text += next((advice for sign, advice in ADVICE.items() if sign in text), "")
     words[rank].send({"time": time.time(), "code": code, "text": text, "trace": trace})
-    sys.exit(1 if isinstance(code, str) else code)
+    sys.exit(3 if isinstance(code, str) else code)
 
 
 def die_with(parent):
@@ -599,8 +609,10 @@ def launch(target, args):
             raise asked
         if all(word and word["code"] == 0 for word in words):
             return 0, ""
-        time.sleep(1)  # for those that fail over it to say so
-        await_ranks([], readers, words, ())
+        late = time.monotonic() + 1
+        while not all(words) and time.monotonic() < late:  # for those that fail over it to say so
+            time.sleep(0.05)
+            await_ranks([], readers, words, ())
         return failure(processes, words)
     finally:
         alive.close()
@@ -643,7 +655,7 @@ def failure(processes, words):
     if code == utils.STOPPED:
         return 1, f"rank {rank} was ended by SIGTERM, and all have saved"
     if isinstance(code, str):
-        return code, code
+        return 3, code
     if code == 3:
         return 3, "a self-check failed, see its line; this would not be federated learning"
     print(first["trace"], file=sys.stderr)
@@ -661,7 +673,7 @@ def run_to_the_end(target, args):
             return
         if code != 1:  # it would come to the same again
             print(f"main.py: {message}", file=sys.stderr)
-            raise SystemExit(code if code == 3 else 1)
+            raise SystemExit(code)
         args.resume_from = utils.find_newest(args.output_dir, args.world_size)
         where = f"{whereabouts(args.resume_from)} of {args.num_rounds}"
         if attempt == args.restarts:
@@ -687,6 +699,7 @@ def stop(number, frame):
 def main(argv=None, target=run_rank):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # of names and labels, whatever the locale
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it reports of a broken file is in our one line
     args = parse_args(argv)
     if argv is None:
         del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
@@ -709,12 +722,12 @@ def run(args, target):
         start_imports()
     rows, held_out = find_rows(args)
     resume_from = find_checkpoint(args)
-    model_path, tokenizer = find_model(args)
+    model_path, config, tokenizer = find_model(args)
     for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:
         partition = prepare_data(args, rows, held_out, tokenizer, folder)
-        check_space(args, model_path)
+        check_space(args, config)
         open_output_dir(args, resume_from, partition)
         print(report.partition_table(partition), flush=True)
         args.hf_token = None  # the ranks read from this disk only

@@ -64,10 +64,11 @@ def run_here(small_inputs, tmp_path, capsys):
             main.main([*FLAGS, *small_inputs, *more.split(), "--output_dir", str(tmp_path)], target=target)
         except SystemExit as error:
             code = error.code
+        run.output, errors = capsys.readouterr()
         server = psutil.Process(main.multiprocessing.forkserver._forkserver._forkserver_pid)
         assert not [child for child in server.children() if child.status() != psutil.STATUS_ZOMBIE]
         assert not list(tmp_path.glob(".prepared-*"))
-        return code, capsys.readouterr().err
+        return code, errors
 
     return run
 
@@ -115,6 +116,7 @@ def test_stopped_rank_loses_nothing(run_here, undisturbed, tmp_path, trouble, vi
     ("trouble", "message"),
     [
         ("no answer", "rank 0 failed: TimeoutError: no sign of rank 1 for 0.1 minutes (--timeout)"),
+        ("no answer in a collective", "; no word from rank 1; --resume"),
         ("slow", "rank 0 failed: TimeoutError: no sign of rank 1 for 0.1 minutes (--timeout)"),
         ("disk full", "; make room on the disk of --output_dir"),
         ("exception", "rank 1 failed: RuntimeError: something with a line"),
@@ -219,6 +221,14 @@ def test_killed_program_leaves_nobody(small_inputs, run_here, undisturbed, tmp_p
     assert_same(tmp_path, undisturbed(" ".join(LONG)))
 
 
+def test_a_rank_that_is_stopped_dies_with_the_program(small_inputs, tmp_path):
+    """It cannot look at its pipe."""
+    process, processes = start(tmp_path, *LONG, *small_inputs)
+    find_ranks(process)[1].suspend()
+    process.kill()
+    assert_gone(processes)
+
+
 def test_two_runs_at_once(undisturbed, small_inputs, tmp_path):
     runs = [start(tmp_path / name, *small_inputs, round_to_reach=0)[0] for name in ("a", "b")]
     for run in runs:
@@ -229,7 +239,7 @@ def test_two_runs_at_once(undisturbed, small_inputs, tmp_path):
 
 def test_twenty_random_kills(undisturbed, small_inputs, tmp_path):
     """Of any rank at any time, also while it starts: with --restarts the same bits as of the undisturbed run."""
-    flags = "--num_rounds 60 --eval_rounds 60 --save_rounds 2"
+    flags = "--num_rounds 150 --eval_rounds 150 --save_rounds 2"
     process, _ = start(tmp_path, *flags.split(), *small_inputs, "--restarts", "20", round_to_reach=0)
     choose, kills = random.Random(5), 0
     while kills < 20:
@@ -289,14 +299,14 @@ def test_a_rank_that_is_a_round_ahead(copy):
     assert utils.find_fault(checkpoints / "round_00003", 2) == "rank 1 is at round 4"
 
 
-def test_resume_passes_over_what_is_torn(copy, run_here, undisturbed, capfd):
+def test_resume_passes_over_what_is_torn(copy, run_here, undisturbed):
     """Of the newest checkpoint one file, of the logs one of each kind; then no checkpoint is whole."""
     (copy / "checkpoints" / "round_00004" / "rank_1" / "clients.pt").write_bytes(b"")
     shutil.copy(copy / "client_0_train_loss.json", copy / "kept")
     (copy / "client_0_train_loss.json").write_text((copy / "kept").read_text()[:-5])
     (copy / "client_1_train_loss.json").write_text("")
     assert run_here("--resume") == (0, "")
-    output = capfd.readouterr().out
+    output = run_here.output
     assert "passing over checkpoints/round_00004: rank_1/clients.pt is torn" in output
     assert "resuming after round 3 of 4" in output and "client_1_train_loss.json.torn" in output
     assert (copy / "client_1_train_loss.json.torn").read_text() == ""
@@ -310,7 +320,7 @@ def test_resume_passes_over_what_is_torn(copy, run_here, undisturbed, capfd):
         path.unlink()
     (copy / "rounds.jsonl").write_text("")
     assert run_here("--resume") == (0, "")
-    assert "resuming after round 0 of 4" in capfd.readouterr().out
+    assert "resuming after round 0 of 4" in run_here.output
     assert_same(copy, undisturbed())
 
 
@@ -387,6 +397,51 @@ def test_a_checkpoint_is_as_large_as_foretold(undisturbed, small_inputs):
 
 
 # -----------------------------------------------------------------------------
+# data that is odd, but right
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_megabyte_and_all_alphabets(run_here, tmp_path, sample_rows):
+    """One row of 110 is a million characters long: it is counted and left out; no rank trains on an empty answer."""
+    rows = sorted(sample_rows, key=lambda row: len(row["context"]))[:100]
+    for text in (
+        "Ünïcödé",
+        "日本語",
+        "עברית",
+        "\u202eمرحبا",
+        "\U0001f9ea\u200d\U0001f52c",
+        "a\u0301",
+        "\u0000",
+        "<|eot_id|>",
+        "{{ x }}",
+    ):
+        rows.append({"id": text, "context": f"Rx: {text} 30 mg.", "question": text, "answers": {"text": [text]}})
+    rows.append(
+        {"id": "long", "context": "Rx: " + 10**6 * "x", "question": "How much?", "answers": {"text": ["30 mg"]}}
+    )
+    code, errors = run_here(f"--dataset_path {write_rows(tmp_path / 'odd.jsonl', rows)}")
+    assert (code, errors) == (0, "")
+    line = "1 of 110 train rows are longer than --max_length 1024 and were cut, 1 of them before the answer: those are"
+    assert line in run_here.output
+    parts = json.loads((tmp_path / "partition.json").read_text())
+    assert max(max(part["rows"]) for part in parts["clients"]) <= 108 >= max(parts["held_out"])
+    assert all(entry["train_loss"] > 0 for entry in utils.read_rounds(tmp_path))
+
+
+def test_fewer_rows_than_a_batch(run_here, tmp_path, sample_rows):
+    """One client with one row to train on, one to hold out, and two of the global held-out set."""
+    path = write_rows(tmp_path / "few.jsonl", sample_rows[:4])
+    assert run_here(f"--num_clients 1 --per_device_train_batch_size 8 --dataset_path {path}") == (0, "")
+    assert [entry["weights"] for entry in utils.read_rounds(tmp_path)] == [[1]] * 4
+    code, errors = run_here(f"--overwrite --num_clients 2 --dataset_path {path}", target=None)
+    assert code == 2 and "4 training rows, 2 clients need 6; lower --num_clients" in errors
+
+
+# -----------------------------------------------------------------------------
 # updates that would spoil the average
 
 
@@ -399,12 +454,14 @@ def test_bad_updates():
     assert utils.find_bad_updates({0: float("nan")}) == {0: "not finite"}
 
 
-@pytest.mark.parametrize("poison", [float("nan"), 1e6])
-@pytest.mark.parametrize("more", ["", "--scaffold", "--lora_variant fedsa", "--aggregator krum"])
+@pytest.mark.parametrize(
+    ("poison", "more"),
+    [(float("nan"), ""), (1e6, "--scaffold"), (float("nan"), "--lora_variant fedsa"), (1e6, "--aggregator krum")],
+)
 def test_a_bad_update_is_left_out_on_any_layout(run_here, tmp_path, poison, more):
     """Client 1 of 5; it takes part again in the next round."""
     adapters = []
-    for size in (1, 2, 5):
+    for size in (1, 5):
         flags = f"{more} --num_clients 5 --world_size {size} --overwrite"
         assert run_here(flags, functools.partial(poisoned_rank, poison, [1])) == (0, "")
         rounds = utils.read_rounds(tmp_path)
@@ -414,7 +471,6 @@ def test_a_bad_update_is_left_out_on_any_layout(run_here, tmp_path, poison, more
         assert json.loads((tmp_path / "summary.json").read_text())["rejected"] == 1
         adapters.append(read_adapters(tmp_path))
     assert adapters[0].isfinite().all() and torch.equal(adapters[0], adapters[1])
-    assert torch.equal(adapters[0], adapters[2])
 
 
 def test_a_client_that_is_left_out_is_named(small_inputs, tmp_path):
@@ -428,7 +484,7 @@ def test_a_client_that_is_left_out_is_named(small_inputs, tmp_path):
 def test_on_bad_update_fail(run_here, tmp_path):
     target = functools.partial(poisoned_rank, float("nan"), [1])
     code, errors = run_here("--on_bad_update fail --restarts 3", target)
-    assert code == 1 and errors == (
+    assert code == 3 and errors == (
         "main.py: round 2: the update of client 1 is not finite; lower --learning_rate\n"
     )  # no restart: it would come to the same
     assert [path.name for path in (tmp_path / "checkpoints").glob("round_*")] == ["round_00001"]
@@ -437,7 +493,7 @@ def test_on_bad_update_fail(run_here, tmp_path):
 def test_all_updates_are_bad(run_here, tmp_path):
     """The run ends with the model of the round before."""
     code, errors = run_here(target=functools.partial(poisoned_rank, float("nan"), [0, 1]))
-    assert code == 1 and errors == (
+    assert code == 3 and errors == (
         "main.py: round 2: the update of every client is not finite; lower --learning_rate. "
         "The model of round 1 is in federated_global_model\n"
     )

@@ -102,9 +102,27 @@ def test_bad_files(refused, tmp_path):
     few = write_rows(tmp_path / "few.jsonl", [{"prompt": "a", "completion": "b"}] * 5)
     assert "5 training rows, 8 clients need 18; lower --num_clients" in refused("--dataset_path", few)
     text = write_rows(tmp_path / "text.jsonl", [{"messages": "[]"}] * 50)
-    assert "messages is not a list" in refused("--dataset_path", text)
+    assert "50 of 50 train rows are bad: row 0 (messages is not a list of messages" in refused("--dataset_path", text)
     odd = write_rows(tmp_path / "odd.jsonl", [{"context": "a", "question": "b", "answers": "c"}] * 50)
-    assert "row has not the form of its kind" in refused("--dataset_path", odd)
+    assert "row 0 (answers has no list of texts), row 1 (" in (line := refused("--dataset_path", odd))
+    assert line.endswith("and 47 more")
+
+
+def test_bad_rows(refused, tmp_path, monkeypatch, capsys):
+    """Up to 1% are left out and counted, by their numbers; more are refused."""
+    good = {"context": "Rx: aspirin 30 mg.", "question": "How much aspirin?", "answers": {"text": ["30 mg"]}}
+    rows = [good] * 200
+    rows[7], rows[99] = good | {"question": " "}, good | {"answers": None}
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr(main, "run_to_the_end", lambda target, args: None)
+    main.main(["--dataset_path", str(path), "--output_dir", str(tmp_path / "out")])
+    bad = "row 7 (question is not a text, or empty), row 99 (answers has no list of texts)"
+    assert f"2 of 200 train rows are bad and left out: {bad}\n" in capsys.readouterr().out
+    parts = json.loads((tmp_path / "out" / "partition.json").read_text())
+    dealt = sorted(row for part in parts["clients"] for row in part["rows"]) + parts["held_out"]
+    assert sorted(dealt) == [row for row in range(200) if row not in (7, 99)]
+    write_rows(path, rows[:199])
+    assert f"2 of 199 train rows are bad: {bad}" in refused("--dataset_path", path, "--overwrite")
 
 
 def test_bad_clients(refused, tmp_path):

@@ -304,6 +304,8 @@ def troubled_rank(trouble, victim, rank, args):
             before(utils, "seal", be_stopped)
         elif trouble == "no answer":
             at(middle, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        elif trouble == "no answer in a collective":
+            before(dist, "all_reduce", lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif trouble == "slow":
             at(middle, lambda: time.sleep(60))
         elif trouble == "disk full":
