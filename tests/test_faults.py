@@ -135,9 +135,9 @@ def test_failed_rank(run_here, undisturbed, tmp_path, trouble, message):
 # signals to the program, as users and schedulers send them
 
 
-def start(folder, *flags, round_to_reach=1, **popen):
+def start(folder, *flags, round_to_reach=1, prefix=(), **popen):
     """Start a run, wait until a round has been logged; returns the process and all its descendants."""
-    command = [sys.executable, str(ROOT / "main.py"), *FLAGS, *flags, "--output_dir", str(folder)]
+    command = [*prefix, sys.executable, str(ROOT / "main.py"), *FLAGS, *flags, "--output_dir", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
     deadline = time.monotonic() + 120
     while len(utils.read_rounds(folder)) < round_to_reach:
