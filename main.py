@@ -543,12 +543,15 @@ def start_imports():
     os.environ |= KEEP_FREED_MEMORY | os.environ
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ASSETS.parent), os.environ.get("PYTHONPATH"))))
     multiprocessing.set_forkserver_preload(["federated"])
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to all; ranks need the server to save
     multiprocessing.forkserver.ensure_running()
+    signal.signal(signal.SIGTERM, handler)
 
 
 def guard(rank, target, args, parent, words):
     """Run one rank so that it dies with its parent, and leaves word of how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         # the pipe covers the time before this, and this a rank that cannot look at its pipe
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -593,14 +596,12 @@ def launch(target, args):
             writer.close()
         words = [None] * args.world_size
         try:
-            await_ranks(processes, readers, words, {0})
+            await_ranks(processes, readers, words)
         except SystemExit as error:  # see `stop`
             asked = error
             print("main.py: finishing the step and saving; once more ends it at once", file=sys.stderr, flush=True)
         if asked or any(word and word["code"] == utils.STOPPED for word in words):  # of a signal to one rank alone
-            for process in processes:
-                process.terminate()
-            await_ranks(processes, readers, words, {0, utils.STOPPED})
+            await_ranks(processes, readers, words, stop=True)
             if all(word and word["code"] == utils.STOPPED for word in words):
                 commit_part(args)
         if asked:
@@ -612,7 +613,7 @@ def launch(target, args):
         late = time.monotonic() + 1
         while not all(words) and time.monotonic() < late:  # for those that fail over it to say so
             time.sleep(0.05)
-            await_ranks([], readers, words, ())
+            await_ranks([], readers, words)
         return failure(processes, words)
     finally:
         alive.close()
@@ -621,19 +622,25 @@ def launch(target, args):
             process.join()
 
 
-def await_ranks(processes, readers, words, codes):
-    """Collect the words of the ranks until all processes have ended, or one has with another code than `codes`."""
+def await_ranks(processes, readers, words, stop=False):
+    """Collect the words of the ranks until all processes have ended, or one has otherwise than it should.
+
+    With `stop`, ask them to save and end; again every second, as one that has just been started does not listen yet.
+    """
     running = True
     while running:
+        for process in processes:
+            if stop:
+                process.terminate()
         running = [process.sentinel for process in processes if process.is_alive()]
         for rank, reader in enumerate(readers):
             with contextlib.suppress(EOFError, OSError):  # it ended without a word
                 words[rank] = words[rank] or (reader.recv() if reader.poll() else None)
         ended = [words[rank] for rank, process in enumerate(processes) if process.sentinel not in running]
-        if any(word is None or word["code"] not in codes for word in ended):
+        if any(word is None or word["code"] not in ((0, utils.STOPPED) if stop else (0,)) for word in ended):
             break
         if running:
-            multiprocessing.connection.wait(running)
+            multiprocessing.connection.wait(running, timeout=1 if stop else None)
 
 
 def commit_part(args):

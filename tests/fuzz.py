@@ -144,7 +144,7 @@ def launch(target, args):
             dist.destroy_process_group()
 
 
-@settings(max_examples=320, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(examples())
 def fuzz(example):
     flags, rows, suffix = example

@@ -199,31 +199,45 @@ def test_scaffold_with_identical_clients_is_fedavg(small_inputs, sample_rows, tm
 # self-check
 
 
-@pytest.mark.parametrize(
-    ("fault", "line"),
-    [
-        ("curve from zero", "✗ learns from the first step on: learning rate 0.00e+00"),
-        ("ddp", "✗ no DDP: every rank trains a DistributedDataParallel of its own"),
-        ("own start", "✗ same start: "),
-        ("own start --lora_variant ffa", "✗ same start: "),
-        ("shared gradients", "✗ federated: 2 client(s) with 1 adapter(s) before the averaging, 1 after it"),
-        ("same rows", "✗ fresh data next round: 0 of 2 rows of second turns are not in the first"),
-    ],
-)
-def test_a_failed_self_check_ends_the_run_with_exit_code_3(small_inputs, tmp_path, fault, line):
-    flags = "--world_size 2 --num_rounds 2 --local_steps 1 --warmup_steps 1".split()
-    fault, *more = fault.split(" --")
-    flags += [*small_inputs, "--output_dir", str(tmp_path), *(f"--{flag}".replace(" ", "=") for flag in more)]
-    code = f"""
-import functools, main, workers
+FAULTS = {
+    "curve from zero": "✗ learns from the first step on: learning rate 0.00e+00",
+    "ddp": "✗ no DDP: every rank trains a DistributedDataParallel of its own",
+    "own start": "✗ same start: ",
+    "own start --lora_variant=ffa": "✗ same start: ",
+    "shared gradients": "✗ federated: 2 client(s) with 1 adapter(s) before the averaging, 1 after it",
+    "same rows": "✗ fresh data next round: 0 of 2 rows of second turns are not in the first",
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(small_inputs, tmp_path_factory):
+    """Exit code and output of a run with each of FAULTS, all in one program, as their ranks write to its output."""
+    folder = tmp_path_factory.mktemp("faulty")
+    flags = "--world_size 2 --num_rounds 2 --local_steps 1 --warmup_steps 1".split() + small_inputs
+    (folder / "faulty.py").write_text(f"""
+import functools, sys, main, workers
 if __name__ == "__main__":
-    main.main({flags}, target=functools.partial(workers.faulty_rank, {fault!r}))
-"""
-    (tmp_path / "faulty.py").write_text(code)
-    command, path = [sys.executable, str(tmp_path / "faulty.py")], f"{ROOT}:{ROOT / 'tests'}"
+    for number, case in enumerate({list(FAULTS)}):
+        fault, *more = case.split(" --")
+        flags = {flags} + [f"--{{flag}}" for flag in more] + ["--output_dir", "{folder}/" + str(number)]
+        code = 0
+        try:
+            main.main(flags, target=functools.partial(workers.faulty_rank, fault))
+        except SystemExit as stop:
+            code = stop.code
+        print(f"exit code {{code}}\\n===", flush=True)
+""")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 3, process.stderr
-    assert line in process.stdout and process.stdout.count("✗") == 1
-    assert "main.py: a self-check failed, see its line" in process.stderr and "Traceback" not in process.stderr
+        [sys.executable, str(folder / "faulty.py")],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    return dict(zip(FAULTS, process.stdout.split("===\n")))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_self_check_ends_the_run_with_exit_code_3(faulty, fault):
+    output = faulty[fault]
+    assert output.endswith("exit code 3\n"), output
+    assert FAULTS[fault] in output and output.count("✗") == 1
+    assert "main.py: a self-check failed, see its line" in output and "Traceback" not in output

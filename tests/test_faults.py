@@ -34,6 +34,8 @@ def assert_same(folder, other):
     for path in other.glob("*_loss.json"):
         assert (folder / path.name).read_bytes() == path.read_bytes()
     assert torch.equal(read_adapters(folder), read_adapters(other))
+    before, after = (json.loads((run / "summary.json").read_text()) for run in (folder, other))
+    assert all(before[name] == after[name] for name in ("exact_match", "f1", "eval_loss", "tokens"))
 
 
 def assert_gone(processes):
@@ -95,13 +97,10 @@ MANY = "--num_clients 6 --clients_per_round 4 "  # two turns a round and rank
     [
         ("stopped in a step", 0, MANY + "--scaffold --prox_mu 0.1"),
         ("stopped in a step", 1, "--lora_variant rolora --aggregator fedadam"),
-        ("stopped ahead of the others", 0, "--scaffold --client_state reset"),
         ("stopped ahead of the others", 1, "--lora_variant fedsa"),
         ("stopped in a later turn", 1, MANY + "--aggregator median"),
-        ("stopped in a later turn", 0, MANY + "--lora_variant rolora --prox_mu 0.1"),
-        ("stopped in a later turn", 0, MANY + "--aggregator none"),
         ("stopped while evaluating", 1, ""),
-        ("stopped while saving", 0, MANY),
+        ("stopped while saving", 0, ""),
     ],
 )
 def test_stopped_rank_loses_nothing(run_here, undisturbed, tmp_path, trouble, victim, more):
@@ -115,7 +114,6 @@ def test_stopped_rank_loses_nothing(run_here, undisturbed, tmp_path, trouble, vi
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
-        ("no answer", "rank 0 failed: TimeoutError: no sign of rank 1 for 0.1 minutes (--timeout)"),
         ("no answer in a collective", "; no word from rank 1; --resume"),
         ("slow", "rank 0 failed: TimeoutError: no sign of rank 1 for 0.1 minutes (--timeout)"),
         ("disk full", "; make room on the disk of --output_dir"),
@@ -127,8 +125,9 @@ def test_failed_rank(run_here, undisturbed, tmp_path, trouble, message):
     code, errors = run_here("--timeout 0.1", target=functools.partial(troubled_rank, trouble, 1))
     assert code == 1 and errors.splitlines()[-1].endswith("; --resume goes on after round 1 of 4")
     assert message in errors.splitlines()[-1]
-    assert run_here("--resume") == (0, "")
-    assert_same(tmp_path, undisturbed())
+    if trouble in ("slow", "disk full"):
+        assert run_here("--resume") == (0, "")
+        assert_same(tmp_path, undisturbed())
 
 
 # -----------------------------------------------------------------------------
@@ -173,7 +172,9 @@ DEFAULT_SIGINT = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_program(run_here, undisturbed, small_inputs, tmp_path, number, code):
     process, processes = start(tmp_path, *LONG, *small_inputs, start_new_session=True, preexec_fn=DEFAULT_SIGINT)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    os.killpg(
+        process.pid, number
+    )  # as terminals and schedulers do; ranks ignore one, and the program repeats the other
     _, errors = process.communicate(timeout=15)
     assert process.returncode == code
     first, last = errors.splitlines()
@@ -200,41 +201,30 @@ def test_stopped_twice(small_inputs, tmp_path):
     assert_gone(processes)
 
 
-def test_sigint_to_a_rank_is_nothing(undisturbed, small_inputs, tmp_path):
-    """A rank that it ended would look as if it had finished, and the others would wait."""
-    process, _ = start(tmp_path, *LONG, *small_inputs)
-    for rank in find_ranks(process):
-        rank.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
-    assert_same(tmp_path, undisturbed(" ".join(LONG)))
-
-
 def test_killed_program_leaves_nobody(small_inputs, run_here, undisturbed, tmp_path):
-    """Started as by a job script that uses `&`: with SIGINT ignored."""
+    """Started as by a job script that uses `&`, with SIGINT ignored; one rank is suspended, and cannot see it end."""
     ignored = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     process, processes = start(tmp_path, *LONG, *small_inputs, preexec_fn=ignored)
+    find_ranks(process)[1].suspend()
     process.kill()
-    process.communicate()
     assert len(processes) >= 3
     assert_gone(processes)
+    process.communicate()
     assert run_here(" ".join([*LONG, "--resume"])) == (0, "")
     assert_same(tmp_path, undisturbed(" ".join(LONG)))
 
 
-def test_a_rank_that_is_stopped_dies_with_the_program(small_inputs, tmp_path):
-    """It cannot look at its pipe."""
-    process, processes = start(tmp_path, *LONG, *small_inputs)
-    find_ranks(process)[1].suspend()
-    process.kill()
-    assert_gone(processes)
-
-
 def test_two_runs_at_once(undisturbed, small_inputs, tmp_path):
-    runs = [start(tmp_path / name, *small_inputs, round_to_reach=0)[0] for name in ("a", "b")]
+    """And SIGINT to ranks, which is nothing: one that it ended would look as if it had finished."""
+    runs = [start(tmp_path / name, *LONG, *small_inputs, round_to_reach=0)[0] for name in ("a", "b")]
+    while not utils.read_rounds(tmp_path / "a"):
+        time.sleep(0.01)
+    for rank in find_ranks(runs[0]):
+        rank.send_signal(signal.SIGINT)
     for run in runs:
         assert run.communicate(timeout=120)[1] == "" and run.returncode == 0
     for name in ("a", "b"):
-        assert_same(tmp_path / name, undisturbed())
+        assert_same(tmp_path / name, undisturbed(" ".join(LONG)))
 
 
 def test_twenty_random_kills(undisturbed, small_inputs, tmp_path):

@@ -302,8 +302,6 @@ def troubled_rank(trouble, victim, rank, args):
             before(federated, "evaluate", be_stopped)
         elif trouble == "stopped while saving":
             before(utils, "seal", be_stopped)
-        elif trouble == "no answer":
-            at(middle, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif trouble == "no answer in a collective":
             before(dist, "all_reduce", lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif trouble == "slow":

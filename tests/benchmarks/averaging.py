@@ -39,7 +39,8 @@ def make(world_size, rank, size):
 
     def average(name):
         function = utils.AGGREGATORS[name]
-        return utils.federated_average(model, world_size, start, 1.0 + rank, function, states[name])
+        clients = [(rank, 1.0 + rank, utils.flatten_parameters(model).sub_(start))]
+        return utils.federated_average(model, world_size, start, clients, function, states[name])
 
     return average
 
