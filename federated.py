@@ -313,7 +313,7 @@ class FederatedRounds(TrainerCallback):
         if self.turns_done < state.global_step // self.args.local_steps:  # it stopped while it waited for the others
             self.finish_turn(self.turns_done)
             if self.ended:
-                raise SystemExit(self.ended)
+                raise SystemExit(3, self.ended)
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -377,10 +377,10 @@ class FederatedRounds(TrainerCallback):
 
     def stop(self):
         """Save this rank in the middle of a round, and end it. The others do the same after their steps."""
-        self.store.set("stopped", "")
+        first = self.store.compare_set("stopped", "", str(self.rank)).decode()  # which rank was told to
         self.bar.close()
         self.save()
-        raise SystemExit(utils.STOPPED)
+        raise SystemExit(utils.STOPPED, f"rank {first} was ended by SIGTERM, and all have saved")
 
     # ---- the turn of a client
 
@@ -402,8 +402,10 @@ class FederatedRounds(TrainerCallback):
         """Bring in the client of this turn, as it was after its last one, and at the start of the round."""
         args, (number, client) = self.args, self.data.turns[index]
         if number != self.number:
+            if moves := self.data.plan[number - 1][1]:
+                self.meet()  # a rank that has stopped after the last round will move nobody
             self.number = number
-            self.move_clients(self.data.plan[number - 1][1])
+            self.move_clients(moves)
         self.enter(client)
         if args.client_state == "reset":
             load_moments(self.optimizer, None)
@@ -516,7 +518,8 @@ class FederatedRounds(TrainerCallback):
         )
         norm = torch.linalg.vector_norm(average, dtype=torch.float64).item()
         if not math.isfinite(norm):  # the same average, so the same verdict on all ranks
-            raise SystemExit(f"round {number}: the averaged update is not finite; lower --learning_rate or --server_lr")
+            advice = "lower --learning_rate or --server_lr"
+            raise SystemExit(3, f"round {number}: the averaged update is not finite; {advice}")
         if args.scaffold:
             self.move_control(rejected)
         self.start = utils.flatten_parameters(self.parameters)
@@ -569,13 +572,14 @@ class FederatedRounds(TrainerCallback):
         rejected = utils.find_bad_updates(norms)
         for client, problem in rejected.items():
             if self.args.on_bad_update == "fail":
-                raise SystemExit(f"round {number}: the update of client {client} is {problem}; lower --learning_rate")
+                text = f"round {number}: the update of client {client} is {problem}; lower --learning_rate"
+                raise SystemExit(3, text)
             if self.rank == 0:
                 self.bar.write(f"  client {client} is left out of round {number}: its update is {problem}")
         if len(rejected) == len(norms):
             self.ended = f"round {number}: the update of every client is not finite; lower --learning_rate. "
             if self.private:
-                raise SystemExit(f"{self.ended}Their models are in the last checkpoint, if there is one")
+                raise SystemExit(3, f"{self.ended}Their models are in the last checkpoint, if there is one")
             utils.unflatten_parameters(self.parameters, self.start)
             self.ended += f"The model of round {number - 1} is in {utils.GLOBAL_MODEL}"
         return rejected
@@ -745,7 +749,7 @@ class FederatedRounds(TrainerCallback):
             self.bar.write(f"  {'✓' if passed else '✗'} {text}")
         if not passed:
             self.meet()  # nobody leaves before it is said
-            raise SystemExit(3)
+            raise SystemExit(3, "a self-check failed, see its line; this would not be federated learning")
 
 
 def make_strategy(args):
@@ -861,7 +865,7 @@ def local_train(rank, args):
     rounds.meet()  # nobody leaves before the model is on disk
     dist.destroy_process_group()
     if rounds.ended:
-        raise SystemExit(rounds.ended)
+        raise SystemExit(3, rounds.ended)
 
 
 def client_bytes(args, rounds):

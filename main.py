@@ -561,13 +561,13 @@ def guard(rank, target, args, parent, words):
     code, text, trace = 0, "", ""
     try:
         target(rank, args)
-    except SystemExit as error:
-        code = error.code
+    except SystemExit as error:  # (code, why): it has ended itself
+        code, text = error.code
     except BaseException as error:
         code, text, trace = 1, f"{type(error).__name__}: {first_line(error)}", traceback.format_exc()[-10_000:]
         text += next((advice for sign, advice in ADVICE.items() if sign in text), "")
     words[rank].send({"time": time.time(), "code": code, "text": text, "trace": trace})
-    sys.exit(3 if isinstance(code, str) else code)
+    sys.exit(code)
 
 
 def die_with(parent):
@@ -657,14 +657,11 @@ def failure(processes, words):
             code = process.exitcode
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             return 1, f"rank {rank} {how}" + (" (as the kernel does when memory runs out)" if code == -9 else "")
-    first = min((word for word in words if word and word["code"] != 0), key=lambda word: word["time"])
+    failed = [word for word in words if word and word["code"] != 0]
+    first = min(failed, key=lambda word: (not word["trace"], word["time"]))  # rather one that has not ended itself
     rank, code = words.index(first), first["code"]
-    if code == utils.STOPPED:
-        return 1, f"rank {rank} was ended by SIGTERM, and all have saved"
-    if isinstance(code, str):
-        return 3, code
-    if code == 3:
-        return 3, "a self-check failed, see its line; this would not be federated learning"
+    if not first["trace"]:  # it has ended itself
+        return (1 if code == utils.STOPPED else code), first["text"]
     print(first["trace"], file=sys.stderr)
     silent = [str(rank) for rank, word in enumerate(words) if not word]
     missing = f"; no word from rank {', '.join(silent)}" if "imed out" in first["text"] and silent else ""

@@ -137,8 +137,9 @@ def launch(target, args):
         counts["trained"] += 1
         return 0, ""
     except SystemExit as error:
-        assert error.code == 3 or "lower --learning_rate" in error.code, error.code
-        return 3, str(error.code)
+        code, text = error.code
+        assert code == 3 and "lower --learning_rate" in text, text
+        return error.code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -100,7 +100,8 @@ MANY = "--num_clients 6 --clients_per_round 4 "  # two turns a round and rank
         ("stopped ahead of the others", 1, "--lora_variant fedsa"),
         ("stopped in a later turn", 1, MANY + "--aggregator median"),
         ("stopped while evaluating", 1, ""),
-        ("stopped while saving", 0, ""),
+        ("stopped while saving", 0, MANY + "--seed 10"),  # in the next round a client moves from rank 0 to 1
+        ("stopped while saving", 1, MANY + "--seed 10"),
     ],
 )
 def test_stopped_rank_loses_nothing(run_here, undisturbed, tmp_path, trouble, victim, more):
