@@ -261,6 +261,10 @@ def score(answers):
 # the round
 
 
+class Ended(Exception):
+    """Ends the training of all ranks in the same round, because no client's update can be used."""
+
+
 class FederatedRounds(TrainerCallback):
     """Plays the clients of this rank in turn and ends each round: average, evaluate, log, save.
 
@@ -288,7 +292,7 @@ class FederatedRounds(TrainerCallback):
         # of the round under way: what its clients report, their updates (in files but for the last one's), and adapters
         self.reports, self.updates, self.kept, self.gradients = [], [], [], []
         self.before = None  # the scores before training
-        self.checked, self.hinted, self.stopping, self.ended = False, False, False, ""
+        self.checked, self.hinted, self.stopping = False, False, False
 
     def on_train_begin(self, args, state, control, optimizer, lr_scheduler, **kwargs):
         self.optimizer = optimizer.optimizer  # without accelerate's wrapper
@@ -312,11 +316,6 @@ class FederatedRounds(TrainerCallback):
         signal.signal(signal.SIGTERM, self.ask_to_stop)
         if self.turns_done < state.global_step // self.args.local_steps:  # it stopped while it waited for the others
             self.finish_turn(self.turns_done)
-            if self.ended:
-                raise SystemExit(3, self.ended)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.args.local_steps == 0:
@@ -341,8 +340,6 @@ class FederatedRounds(TrainerCallback):
             self.finish_turn(state.global_step // self.args.local_steps - 1)
         if self.stopping and state.global_step < args.max_steps:
             self.stop()
-        control.should_training_stop |= bool(self.ended)
-        return control
 
     # ---- meeting the other ranks, and stopping
 
@@ -380,7 +377,7 @@ class FederatedRounds(TrainerCallback):
         first = self.store.compare_set("stopped", "", str(self.rank)).decode()  # which rank was told to
         self.bar.close()
         self.save()
-        raise SystemExit(utils.STOPPED, f"rank {first} was ended by SIGTERM, and all have saved")
+        raise SystemExit(utils.STOPPED, f"rank {first} was ended by SIGTERM")
 
     # ---- the turn of a client
 
@@ -412,6 +409,8 @@ class FederatedRounds(TrainerCallback):
         # every client's dropout masks are its own, whatever its rank did before
         torch.manual_seed(int(np.random.SeedSequence([args.seed, client, number]).generate_state(1)[0]))
         self.add_terms(client)
+        if self.private:
+            self.records[client]["before"] = utils.flatten_parameters(self.private).cpu()
         if args.scaffold:
             self.gradients = split_like(torch.zeros_like(self.control), self.parameters)
 
@@ -425,10 +424,11 @@ class FederatedRounds(TrainerCallback):
 
     def enter(self, client):
         """Take `client` out of host memory, and put away the one before."""
+        self.records.setdefault(client, {})
         if client == self.current:
             return
         self.leave()
-        record = self.records.setdefault(client, {})
+        record = self.records[client]
         load_moments(self.optimizer, record.pop("moments", None))
         utils.unflatten_parameters(self.private, record.pop("private", self.first_private))
         utils.unflatten_parameters(self.parameters, self.start)
@@ -504,8 +504,6 @@ class FederatedRounds(TrainerCallback):
         """Finish round `number`, counted from 1: average, evaluate, log, save; `norms` are those of all updates."""
         args, trainer, data = self.args, self.trainer, self.data
         rejected = self.reject(number, norms)
-        if self.ended:
-            return
         good = [each for each in self.updates if each[0] not in rejected]
         average = utils.federated_average(
             self.model,
@@ -548,7 +546,7 @@ class FederatedRounds(TrainerCallback):
                 mine["eval"] = evaluate(trainer, data.held_out(mine["client"]))
         ranks = self.meet(everyone)
         clients = sorted((mine for rank in ranks for mine in rank["reports"]), key=lambda mine: mine["client"])
-        self.check_average(ranks, clients)
+        self.check_average(ranks, [client for client in clients if client["client"] not in rejected])
         sent = 4 * self.start.numel() * len(clients)  # bytes of float32, by all clients together
         seconds["eval"] = self.lap()
 
@@ -577,20 +575,24 @@ class FederatedRounds(TrainerCallback):
             if self.rank == 0:
                 self.bar.write(f"  client {client} is left out of round {number}: its update is {problem}")
         if len(rejected) == len(norms):
-            self.ended = f"round {number}: the update of every client is not finite; lower --learning_rate. "
-            if self.private:
-                raise SystemExit(3, f"{self.ended}Their models are in the last checkpoint, if there is one")
             utils.unflatten_parameters(self.parameters, self.start)
-            self.ended += f"The model of round {number - 1} is in {utils.GLOBAL_MODEL}"
+            self.forget(rejected)
+            text = f"round {number}: the update of every client is not finite; lower --learning_rate"
+            raise Ended(f"{text}. What round {number - 1} has come to is in {self.staging.with_suffix('').name}")
         return rejected
 
     def forget(self, rejected):
-        """Let clients that were left out begin anew in their next turn: their moments may be what is wrong."""
-        for client in rejected:
-            for name in ("moments", "private", "gradients"):
-                self.records.get(client, {}).pop(name, None)
-            if client == self.current:
-                self.current = None
+        """Take clients that were left out back to before their turn, without moments, which may be what is wrong."""
+        for client in (each["client"] for each in self.reports):
+            record = self.records.get(client, {})
+            before = record.pop("before", None)
+            if client in rejected:
+                record.pop("moments", None)
+                record.pop("gradients", None)
+                if self.private:
+                    record["private"] = before
+                if client == self.current:
+                    self.current = None
 
     def move_control(self, rejected):
         """Move SCAFFOLD's c by what changed in the c_i of this round's clients; every rank takes part.
@@ -629,10 +631,12 @@ class FederatedRounds(TrainerCallback):
         """Go on where `save` has written a checkpoint."""
         folder, device = checkpoint / f"rank_{self.rank}", utils.communication_device()
         vars(self).update(torch.load(checkpoint / "rank_0" / "federation.pt", weights_only=True, map_location=device))
-        mine = torch.load(folder / "clients.pt", weights_only=True)
+        mine = torch.load(folder / "clients.pt", weights_only=True, map_location="cpu")
         self.trainer._tr_loss += mine.pop("loss").to(self.trainer._tr_loss.device)
         self.updates = [(client, weight, str(folder / name)) for client, weight, name in mine.pop("updates")]
         vars(self).update(mine)
+        self.kept = [(client, weight, adapter.to(device)) for client, weight, adapter in self.kept]
+        self.gradients = [gradient.to(self.model.device) for gradient in self.gradients]
         self.train_parts(self.rounds_done + 1)
         if self.number:  # in the middle of this round, perhaps of a turn
             self.add_terms(self.current)
@@ -853,8 +857,12 @@ def local_train(rank, args):
         rounds.before = score_together(rounds, tokenizer, questions)
 
     trainer.add_callback(rounds)
-    checkpoint = args.resume_from and Path(args.resume_from, f"rank_{rank}")
-    trainer.train(resume_from_checkpoint=str(next(checkpoint.glob("checkpoint-*"))) if checkpoint else None)
+    checkpoint, ended = args.resume_from and Path(args.resume_from, f"rank_{rank}"), ""
+    try:
+        trainer.train(resume_from_checkpoint=str(next(checkpoint.glob("checkpoint-*"))) if checkpoint else None)
+    except Ended as error:
+        ended = str(error)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save
     rounds.bar.close()
     model.peft_config["default"].base_model_name_or_path = args.model_name
     after = (score_each if rounds.private else score_together)(rounds, tokenizer, questions)
@@ -864,8 +872,8 @@ def local_train(rank, args):
         publish(rounds, tokenizer, {"before": rounds.before, "after": after}, len(questions))
     rounds.meet()  # nobody leaves before the model is on disk
     dist.destroy_process_group()
-    if rounds.ended:
-        raise SystemExit(3, rounds.ended)
+    if ended:
+        raise SystemExit(3, ended)
 
 
 def client_bytes(args, rounds):

@@ -131,7 +131,7 @@ def parse_args(argv=None):
     add("--output_dir", default="outputs", help="folder for all that the run leaves behind")
     either = run.add_mutually_exclusive_group().add_argument
     either("--overwrite", action="store_true", help="remove an earlier run from output_dir")
-    either("--resume", action="store_true", help="continue the run in output_dir from its last complete round")
+    either("--resume", action="store_true", help="continue the run in output_dir where it stopped")
     add("--eval_rounds", type=positive(int), help="rounds between evaluations (default: a fifth of num_rounds)")
     add("--save_rounds", type=positive(int), help="rounds between checkpoints (default: a tenth of num_rounds)")
     add("--report_to", choices=TRACKERS, default="none", help="tracker, to be installed by yourself")
@@ -143,7 +143,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     args.hf_token = (args.hf_token or os.environ.get("HF_TOKEN", "")).strip() or None
-    os.environ.pop("HF_TOKEN", None)  # the ranks have no use for it
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # the ranks have no use for it
+        os.environ.pop(name, None)
     if args.hf_token and not re.fullmatch(r"[!-~]+", args.hf_token):
         fail("the token in --hf_token or HF_TOKEN has characters that no token has; copy it again")
     args.model_name, args.dataset_path = map(absolute, (args.model_name, args.dataset_path))
@@ -291,6 +292,8 @@ def find_checkpoint(args):
         changes = ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed)
         fail(f"--resume: the run in {folder} was started with {changes}")
     newest = utils.find_newest(folder, args.world_size)
+    if not newest and any(folder.glob("checkpoints/round_*")):
+        fail(f"--resume: no checkpoint in {folder} is whole, see above; mend one, or start anew with --overwrite")
     last_round = utils.round_of(newest)
     if last_round == args.num_rounds and is_finished(folder):
         print(f"nothing to do: the run in {folder} is finished")
@@ -446,7 +449,7 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
     splits = {"train": rows} | ({"held_out": held_out} if held_out else {})
     kept = {}  # the numbers of the rows that are left
     for name, split in splits.items():
-        if tokenizer.chat_template is None and not isinstance(split[0].get("prompt"), str):
+        if tokenizer.chat_template is None and split.features.get("prompt") != datasets.Value("string"):
             fail(f"--model_name {args.model_name} has no chat template; name an instruct model, or use prompt texts")
         tokens = split.map(
             utils.tokenize_row,
@@ -601,10 +604,12 @@ def launch(target, args):
             asked = error
             print("main.py: finishing the step and saving; once more ends it at once", file=sys.stderr, flush=True)
         if asked or any(word and word["code"] == utils.STOPPED for word in words):  # of a signal to one rank alone
-            await_ranks(processes, readers, words, stop=True)
+            await_ranks(processes, readers, words, stop=True, late=time.monotonic() + 60 * args.timeout)
             if all(word and word["code"] == utils.STOPPED for word in words):
                 commit_part(args)
-        if asked:
+        if asked and not all(word and word["code"] == 0 for word in words):
+            if any(word and word["trace"] for word in words):
+                print(f"main.py: {failure(processes, words)[1]}", file=sys.stderr)
             where = whereabouts(utils.find_newest(args.output_dir, args.world_size))
             print(f"main.py: stopped; --resume goes on {where} of {args.num_rounds}", file=sys.stderr)
             raise asked
@@ -622,13 +627,14 @@ def launch(target, args):
             process.join()
 
 
-def await_ranks(processes, readers, words, stop=False):
+def await_ranks(processes, readers, words, stop=False, late=float("inf")):
     """Collect the words of the ranks until all processes have ended, or one has otherwise than it should.
 
-    With `stop`, ask them to save and end; again every second, as one that has just been started does not listen yet.
+    With `stop`, ask them to save and end, until all have said that they have, or it is `late`; every second, as one
+    that has just been started does not listen yet.
     """
     running = True
-    while running:
+    while running and not (stop and all(words)) and time.monotonic() < late:
         for process in processes:
             if stop:
                 process.terminate()
@@ -660,11 +666,14 @@ def failure(processes, words):
     failed = [word for word in words if word and word["code"] != 0]
     first = min(failed, key=lambda word: (not word["trace"], word["time"]))  # rather one that has not ended itself
     rank, code = words.index(first), first["code"]
-    if not first["trace"]:  # it has ended itself
-        return (1 if code == utils.STOPPED else code), first["text"]
-    print(first["trace"], file=sys.stderr)
     silent = [str(rank) for rank, word in enumerate(words) if not word]
-    missing = f"; no word from rank {', '.join(silent)}" if "imed out" in first["text"] and silent else ""
+    missing = f"; no word from rank {', '.join(silent)}" if silent else ""
+    if code == utils.STOPPED:
+        return 1, first["text"] + (missing or ", and all have saved")
+    if not first["trace"]:  # it has ended itself
+        return code, first["text"]
+    print(first["trace"], file=sys.stderr)
+    missing = missing if "imed out" in first["text"] else ""
     return 1, f"rank {rank} failed: {first['text']}{missing}"
 
 
@@ -688,10 +697,15 @@ def run_to_the_end(target, args):
 
 
 def cut_back(folder, checkpoint):
-    """Remove what the run has left behind the checkpoint from which it goes on."""
-    for path in folder.glob("checkpoints/*"):
-        if path.name == "staging" or path.name > (checkpoint.name if checkpoint else ""):
-            shutil.rmtree(path)
+    """Put what the run has left behind the checkpoint from which it goes on out of the way."""
+    shutil.rmtree(folder / "checkpoints" / "staging", ignore_errors=True)
+    for path in folder.glob("checkpoints/round_*"):
+        if path.name > (checkpoint.name if checkpoint else ""):  # it is torn
+            path.rename(path.with_name(f"torn_{path.name}_{time.time_ns()}"))
+    for name in (utils.GLOBAL_MODEL, utils.CLIENT_MODELS):  # of a run that ended by itself; this one is not finished
+        if (folder / name).exists():
+            shutil.rmtree(folder / f"{name}.old", ignore_errors=True)
+            (folder / name).rename(folder / f"{name}.old")
     utils.cut_back_logs(folder, utils.round_of(checkpoint))
 
 
@@ -715,7 +729,7 @@ def main(argv=None, target=run_rank):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        print(f"main.py: cannot write: {error}; make room on that disk, then --resume", file=sys.stderr)
+        print(f"main.py: cannot write: {error}; make room on that disk, and try again", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -109,23 +109,30 @@ def find_problem(row):
     def no_messages(value):
         return not isinstance(value, list) or not value or any(no_message(message) for message in value)
 
-    def no_message(value):
-        return not isinstance(value, dict) or no_text(value.get("role")) or no_text(value.get("content"))
+    def no_message(value):  # a call of a tool has no content
+        return (
+            not isinstance(value, dict) or no_text(value.get("role")) or not isinstance(value.get("content") or "", str)
+        )
 
     if "messages" in row:
-        return "messages is not a list of messages with role and content" if no_messages(row["messages"]) else ""
+        if no_messages(row["messages"]):
+            return "messages is not a list of messages with role and content"
+        return "the last message is empty" if no_text(row["messages"][-1]["content"]) else ""
     if "context" in row and "answers" in row:
-        for name in ("context", "question"):
-            if no_text(row.get(name)):
-                return f"{name} is not a text, or empty"
+        if not isinstance(row["context"], str):
+            return "context is not a text"
+        if no_text(row.get("question")):
+            return "question is not a text, or empty"
         try:
             return "an answer is not a text, or empty" if any(map(no_text, list_answers(row))) else ""
         except (TypeError, KeyError, IndexError):
             return "answers has no list of texts"
-    for name in ("prompt", "completion"):
-        if no_text(row.get(name)) and no_messages(row.get(name)):
-            return f"{name} is neither a text nor a list of messages, or empty"
-    return "" if type(row["prompt"]) is type(row["completion"]) else "prompt and completion are of two kinds"
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, str) and no_messages(prompt):
+        return "prompt is neither a text nor a list of messages"
+    if no_text(completion) and (no_messages(completion) or no_text(completion[-1]["content"])):
+        return "completion is neither a text nor a list of messages, or empty"
+    return "" if type(prompt) is type(completion) else "prompt and completion are of two kinds"
 
 
 def tokenize_row(row, tokenizer, max_length):
@@ -309,8 +316,8 @@ def read_losses(path):
     losses = parse(text)
     if not isinstance(losses, list):
         set_aside(path)
-        parts = [parse(part) for part in text.lstrip("[").split(",")[:-1]]  # the last may have lost digits
-        losses = [part for part in parts if isinstance(part, float)]
+        parts = [part.strip() for part in text.lstrip("[").split(",")[:-1]]  # the last may have lost digits
+        losses = [parse(part) for part in parts if part == "null" or isinstance(parse(part), float)]
     return losses
 
 
@@ -407,9 +414,11 @@ def commit_checkpoint(output_dir, name):
         if log.exists():
             flush(log)  # a checkpoint has every round before it in the logs, even after a power cut
     flush(folder / "staging")
-    shutil.rmtree(folder / name, ignore_errors=True)
+    if (folder / name).exists():  # a part of the same round, stopped twice
+        (folder / name).rename(folder / "replaced")
     (folder / "staging").rename(folder / name)
     flush(folder)
+    shutil.rmtree(folder / "replaced", ignore_errors=True)
     for old in sorted(folder.glob("round_*"))[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
 
@@ -554,7 +563,7 @@ def trimmed_mean(update, weight, state, trim_fraction=0.2):
     """
 
     def mean(ordered):
-        cut = int(trim_fraction * len(ordered))
+        cut = min(int(trim_fraction * len(ordered)), (len(ordered) - 1) // 2)  # some clients may have been left out
         return ordered[cut : len(ordered) - cut].mean(dim=0)
 
     return join_shards(by_coordinate(mean, gather_shards(update, weight)[0]), even_sizes(len(update)))
@@ -803,4 +812,6 @@ def federated_average(model, world_size, start=None, clients=None, aggregate=fed
 
 def load_update(update):
     """Return an update (P,), from its file where it is in one."""
-    return update if torch.is_tensor(update) else torch.load(update, weights_only=True)
+    if torch.is_tensor(update):
+        return update
+    return torch.load(update, weights_only=True, map_location=communication_device())

@@ -262,12 +262,13 @@ def troubled_rank(trouble, victim, rank, args):
 
         federated.LocalTrainer.training_step = training_step
 
-    def before(owner, name, function):
-        """Call `function` before the victim's next call of `name` in round 2."""
-        original = getattr(owner, name)
+    def before(owner, name, function, which=2):
+        """Call `function` before the victim's second call of `name`, which is in round 2, or another one."""
+        original, calls = getattr(owner, name), []
 
         def wrapped(*args, **kwargs):
-            if rank == victim and len(utils.read_rounds(output_dir)) == 1:
+            calls.append(name)
+            if rank == victim and len(calls) == which:
                 function()
             return original(*args, **kwargs)
 
@@ -282,7 +283,7 @@ def troubled_rank(trouble, victim, rank, args):
     def fill_the_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    output_dir, turns = args.output_dir, -(-args.clients_per_round // args.world_size)
+    turns = -(-args.clients_per_round // args.world_size)
     middle = 2 * turns + 1  # of the first turn of round 2
     if args.store_path.endswith("_0") and not args.resume_from:
         if trouble == "killed in a step":
@@ -299,7 +300,7 @@ def troubled_rank(trouble, victim, rank, args):
         elif trouble == "stopped in a later turn":
             at(middle + 2, be_stopped)
         elif trouble == "stopped while evaluating":
-            before(federated, "evaluate", be_stopped)
+            before(federated, "evaluate", be_stopped, 1)
         elif trouble == "stopped while saving":
             before(utils, "seal", be_stopped)
         elif trouble == "no answer in a collective":
@@ -317,8 +318,8 @@ def troubled_rank(trouble, victim, rank, args):
     main.run_rank(rank, args)
 
 
-def poisoned_rank(poison, clients, rank, args):
-    """main.run_rank, but in the last step of round 2 the gradients of `clients` turn out wrong."""
+def poisoned_rank(poison, clients, rank, args, bad_round=2):
+    """main.run_rank, but after the last step of a round the tensors of `clients` are `poison` times as large."""
     import federated
     import main
 
@@ -326,7 +327,7 @@ def poisoned_rank(poison, clients, rank, args):
 
     def on_step_end(self, args, state, control, **kwargs):
         number, client = self.data.turns[(state.global_step - 1) // self.args.local_steps]
-        if state.global_step % self.args.local_steps == 0 and number == 2 and client in clients:
+        if state.global_step % self.args.local_steps == 0 and number == bad_round and client in clients:
             for parameter in [*self.parameters, *self.private]:
                 parameter.data.mul_(poison)
         return original(self, args, state, control, **kwargs)
