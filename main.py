@@ -273,7 +273,7 @@ def locked_output_dir(folder):
 def check_output_dir(args):
     """Make sure that `output_dir` holds no run but the one to resume; removes nothing."""
     folder = Path(args.output_dir)
-    if not any(folder.glob("config.json")) and not any(folder.glob("checkpoints/round_*")):
+    if not (folder / "config.json").exists() and not any(folder.glob("checkpoints/round_*")):
         if args.resume:
             fail(f"--resume: {folder} holds no run; leave --resume out to start one")
     elif not args.resume and not args.overwrite:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_hub import start_hub
 
 import main
 
@@ -22,6 +23,24 @@ def imports_of_the_ranks():
 
     if not torch.cuda.is_available():
         main.start_imports()
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """(address, what was asked of it) of a fake hub that has the embedded model."""
+    return start_hub(main.EMBEDDED_MODEL)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def assert_nowhere(secret, output, folder):
+    """It is not in what was said, nor in any file."""
+    assert secret not in output
+    for path in Path(folder).rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
 
 
 def run_main(*flags, **environment):

@@ -14,16 +14,16 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT, read_adapters
+from conftest import ROOT, SMALL_RUN, read_adapters, write_rows
 from safetensors.torch import load_file
+from transformers import AutoConfig
 from workers import poisoned_rank, troubled_rank
 
 import main
 import report
 import utils
 
-FLAGS = "--world_size 2 --num_rounds 4 --local_steps 2 --save_rounds 1 --eval_rounds 2 --lora_dropout 0.1".split()
-FLAGS += "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --learning_rate 1e-2".split()
+FLAGS = [*SMALL_RUN, "--learning_rate", "1e-2"]
 
 
 def assert_same(folder, other):
@@ -380,21 +380,13 @@ def test_a_checkpoint_is_as_large_as_foretold(undisturbed, small_inputs):
         sizes[path.name] += path.stat().st_size if path.is_file() else 0
     size = sum(sizes[name] for name in ("adapter_model.safetensors", "optimizer.pt", "clients.pt", "federation.pt"))
     args = main.parse_args(FLAGS)
-    config = main.utils.Path(small_inputs[1])
-    from transformers import AutoConfig
-
-    parameters = utils.count_lora_parameters(AutoConfig.from_pretrained(config), args.lora_r)
+    parameters = utils.count_lora_parameters(AutoConfig.from_pretrained(small_inputs[1]), args.lora_r)
     assert parameters == read_adapters(undisturbed()).numel()
     assert size / 1.5 < utils.checkpoint_bytes(args, parameters) < size * 1.5
 
 
 # -----------------------------------------------------------------------------
 # data that is odd, but right
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_a_megabyte_and_all_alphabets(run_here, tmp_path, sample_rows):

@@ -3,11 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL_RUN, run_main
-from fake_hub import start_hub
+from conftest import ROOT, SMALL_RUN, assert_nowhere, run_main, write_rows
 
 import main
 import utils
@@ -33,11 +31,6 @@ def refused(capsys, tmp_path):
         return lines[0]
 
     return refuse
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -162,11 +155,6 @@ def test_exit_code_of_the_process():
 # the hub
 
 
-@pytest.fixture(scope="module")
-def hub():
-    return start_hub(main.EMBEDDED_MODEL)
-
-
 @pytest.mark.parametrize(
     ("model", "token", "message"),
     [
@@ -208,13 +196,7 @@ def test_model_from_the_hub(hub, tmp_path):
     assert set(weights) == {"hf_secret"}
     config = json.loads((tmp_path / "out" / "federated_global_model" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/tiny"
-    assert_nowhere("hf_secret", tmp_path / "out", process)
-
-
-def assert_nowhere(secret, folder, process):
-    assert secret not in process.stdout + process.stderr
-    for path in Path(folder).rglob("*"):
-        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+    assert_nowhere("hf_secret", process.stdout + process.stderr, tmp_path / "out")
 
 
 # -----------------------------------------------------------------------------
@@ -257,7 +239,7 @@ def test_summary_and_config_of_a_run(finished):
     config = json.loads((folder / "config.json").read_text())
     assert config["world_size"] == 2 and config["backend"] == "gloo" and config["learning_rate"] == 1e-2
     assert config["versions"]["torch"].startswith("2.13.0") and "hf_token" not in config
-    assert_nowhere("hf_secret", folder, process)
+    assert_nowhere("hf_secret", process.stdout + process.stderr, folder)
 
 
 def test_terminal_of_a_run(finished):

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, run_main
-from fake_hub import start_hub
+from conftest import ROOT, assert_nowhere, run_main
 from test_faults import FLAGS, LONG, start, start_script
 
 import main
@@ -71,11 +70,6 @@ def test_no_connection_is_tried_when_all_is_on_disk(small_inputs, tmp_path):
     assert process.returncode == 2 and (tmp_path / "noticed").exists()  # the net has no holes
 
 
-@pytest.fixture(scope="module")
-def hub():
-    return start_hub(main.EMBEDDED_MODEL)
-
-
 @pytest.mark.parametrize("flags", ["--model_name org/gated", "--dataset_path org/none"])
 def test_token_is_in_no_message_about_the_hub(hub, tmp_path, flags):
     environment = {"HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
@@ -122,12 +116,6 @@ def test_token_and_rows_stay_private_in_a_run_that_fails(small_inputs, tmp_path)
     (tmp_path / "rows.jsonl").unlink()
     for secret in (TOKEN, "Adelheid"):
         assert_nowhere(secret, output + seen, tmp_path)
-
-
-def assert_nowhere(secret, output, folder):
-    assert secret not in output
-    for path in Path(folder).rglob("*"):
-        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
 
 
 def test_output_dir_is_private(small_inputs, tmp_path):
