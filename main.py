@@ -22,6 +22,7 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -48,12 +49,15 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED_MODEL, EMBEDDED_DATA = str(ASSETS / "tiny-llama"), str(ASSETS / "sample_squad")
 SCHEDULES = ["cosine", "linear", "constant", "constant_with_warmup"]
 OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
+DTYPES, ATTENTIONS = ["auto", "bfloat16", "float16", "float32"], ["sdpa", "flash_attention_2", "eager"]
+AVERAGE_DTYPES = ["float32", "bfloat16", "int8"]
 PARTITIONS = ["iid", "dirichlet", "column", "quantity"]
 SERVER_FLAGS = "server_lr server_momentum server_beta2 server_tau clip_norm trim_fraction num_malicious".split()
 TRACKERS = ["none", "tensorboard", "wandb", "trackio", "mlflow"]
 MAX_CLIENTS = 1000
 PR_SET_PDEATHSIG = 1  # of the kernel's prctl.h
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+SAMPLED_ROWS = 1000  # are tokenized by --dry_run
 MAX_BAD_ROWS, SHOWN_ROWS = 0.01, 3  # share of rows that may be bad and are left out; bad rows that are named
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 COLUMNS = {"context question answers": "SQuAD", "messages": "chat", "prompt completion": "texts or messages"}
@@ -72,7 +76,7 @@ ADVICE = {  # by a part of the message of an error in a rank
 # for glibc: without it, a step on the CPU spends a tenth of its time on getting back pages that the last one has freed
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions".split()
-NOT_IN_CONFIG = ("hf_token", "overwrite", "resume")
+NOT_IN_CONFIG = ("hf_token", "overwrite", "resume", "dry_run")
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
 *.torn loss.png runs summary.json partition.json config.json""".split()  # --overwrite removes these, config.json last
 
@@ -94,6 +98,7 @@ def parse_args(argv=None):
     add("--num_rounds", type=positive(int), default=20, help="rounds: local training, then one averaging")
     add("--local_steps", type=positive(int), default=8, help="optimizer steps of each client in a round")
     add("--aggregator", choices=list(utils.AGGREGATORS), default="fedavg", help="averaging strategy, see utils.py")
+    add("--average_dtype", choices=AVERAGE_DTYPES, default="float32", help="of updates sent, narrow: error feedback")
     add("--client_state", choices=["keep", "reset"], default="keep", help="AdamW's moments of a client after its turn")
     add("--prox_mu", type=not_negative, default=0, help="FedProx: pull of the round's start on each local step")
     add("--on_bad_update", choices=["skip", "fail"], default="skip", help="NaN, infinite, or 1,000 x the median length")
@@ -110,6 +115,8 @@ def parse_args(argv=None):
     add("--model_name", default=EMBEDDED_MODEL, help="folder, or id on the Hugging Face hub")
     add("--hf_token", help="token for gated models; better set HF_TOKEN: other users can see a command line")
     add("--load_in_4bit", action=argparse.BooleanOptionalAction, default=True, help="NF4 base weights (QLoRA)")
+    add("--torch_dtype", choices=DTYPES, default="auto", help="of the arithmetic (auto: bfloat16, CPU float32)")
+    add("--attn_implementation", choices=ATTENTIONS, default="sdpa", help="flash_attention_2: pip install flash-attn")
     add("--lora_r", type=positive(int), default=16, help="rank of the adapter")
     add("--lora_alpha", type=positive(float), default=32, help="the adapter counts lora_alpha / lora_r times")
     add("--lora_dropout", type=fraction, default=0.0, help="dropout in front of the adapter")
@@ -117,6 +124,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", default=EMBEDDED_DATA, help="json, jsonl, csv or parquet file, folder, or id on the hub")
     add("--max_length", type=positive(int), default=1024, help="tokens of a row; longer rows are cut at the end")
+    add("--packing", action="store_true", help="pack a client's rows into sequences of max_length tokens")
     add("--partition", choices=PARTITIONS, default="iid", help="how the rows are dealt out to the clients")
     add("--partition_column", help="of dirichlet and column: whose values tell clients apart (default: label)")
     add("--dirichlet_alpha", type=positive(float), default=0.5, help="the smaller, the less alike the clients")
@@ -127,6 +135,9 @@ def parse_args(argv=None):
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="curve over the whole run, not over a round")
     add("--warmup_steps", type=not_negative, default=0.05, help="steps, or below 1 the share of all steps")
     add("--optim", choices=OPTIMIZERS, help="optimizer (default: paged_adamw_32bit, on the CPU adamw_torch)")
+    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="less memory (default: on GPUs)")
+    add("--torch_compile", action="store_true", help="compile the model in its first steps")
+    add("--use_liger_kernel", action="store_true", help="fused layers on GPUs: pip install liger-kernel")
     add = (run := parser.add_argument_group("run")).add_argument
     add("--output_dir", default="outputs", help="folder for all that the run leaves behind")
     either = run.add_mutually_exclusive_group().add_argument
@@ -136,6 +147,7 @@ def parse_args(argv=None):
     add("--save_rounds", type=positive(int), help="rounds between checkpoints (default: a tenth of num_rounds)")
     add("--report_to", choices=TRACKERS, default="none", help="tracker, to be installed by yourself")
     add("--seed", type=seed, default=42, help="of the split, the order of the rows, the adapter and its dropout")
+    add("--dry_run", action="store_true", help="print what the run will need: memory, bytes, time, disk; no weights")
     add("--restarts", type=not_negative_int, default=0, help="after a failure, start again from the last checkpoint")
     add("--timeout", type=positive(float), default=30, help="minutes that a rank waits for the others")
     add("--backend", choices=["nccl", "gloo"], help="(default: nccl with a GPU for every rank, otherwise gloo)")
@@ -151,9 +163,12 @@ def parse_args(argv=None):
     args.num_gpus = torch.cuda.device_count()
     args.learning_rate = args.learning_rate or (1e-2 if args.model_name == EMBEDDED_MODEL else 2e-4)
     args.optim = args.optim or ("paged_adamw_32bit" if args.num_gpus else "adamw_torch")
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = args.num_gpus > 0
     args.eval_rounds = args.eval_rounds or max(1, args.num_rounds // 5)
     args.save_rounds = args.save_rounds or max(1, args.num_rounds // 10)
     check_strategy(args)
+    check_kernels(args)
     if args.partition == "column" and not args.partition_column:
         fail("--partition column makes a client of each value in a column: name it with --partition_column")
     if args.partition != "column":  # which finds its clients in the data
@@ -201,6 +216,21 @@ def check_strategy(args):
         fail("--aggregator none shares nothing; leave out --lora_variant, --scaffold and --prox_mu")
     if args.scaffold and variant == "rolora":
         fail("--scaffold needs the same parameters in every round; leave out --lora_variant rolora")
+
+
+def check_kernels(args):
+    """Refuse what this machine cannot run."""
+    if args.torch_dtype == "float16" and not args.num_gpus:
+        fail("--torch_dtype float16 needs a GPU; leave it out")
+    if args.torch_compile and not shutil.which("cc"):
+        fail("--torch_compile needs a C compiler: apt install build-essential")
+    needed = {"--attn_implementation flash_attention_2": "flash_attn", "--use_liger_kernel": "liger_kernel"}
+    wanted = [args.attn_implementation == "flash_attention_2", args.use_liger_kernel]
+    for flag, module in itertools.compress(needed.items(), wanted):
+        if not args.num_gpus:
+            fail(f"{flag} needs a GPU; leave it out")
+        if not importlib.util.find_spec(module):
+            fail(f"{flag} is not installed: pip install {module.replace('_', '-')}")
 
 
 def absolute(name):
@@ -343,8 +373,11 @@ def resolved_config(args):
     return flags | {"versions": versions}
 
 
-def find_model(args):
-    """Return the folder of the model, downloading it once for all ranks, its config and its tokenizer."""
+def find_model(args, weights=True):
+    """Return the folder of the model, downloading it once for all ranks, its config and its tokenizer.
+
+    Without `weights`, neither downloads nor looks at those.
+    """
     import transformers
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -357,7 +390,10 @@ def find_model(args):
             fail(f"--model_name {name}: no such folder")
         try:
             path = snapshot_download(
-                name, token=args.hf_token, allow_patterns=MODEL_FILES, ignore_patterns="original/*"
+                name,
+                token=args.hf_token,
+                allow_patterns=MODEL_FILES,
+                ignore_patterns=["original/*", *["*.safetensors"] * (not weights)],
             )
         except GatedRepoError:
             fail(f"--model_name {name} is gated: accept its licence on the hub, then set HF_TOKEN to your token")
@@ -365,12 +401,14 @@ def find_model(args):
             fail(f"--model_name {name}: no such folder, nor model on the hub (or a private one: set HF_TOKEN)")
         except Exception as error:  # the hub's client has a dozen kinds of these, and every one of them ends the run
             fail(hub_problem("--model_name", name, error))
-    weights = list(Path(path).glob("*.safetensors"))
-    if not Path(path, "config.json").is_file() or not weights:
+    files = list(Path(path).glob("*.safetensors"))
+    if not Path(path, "config.json").is_file() or weights and not files:
         found = ", ".join(sorted(os.listdir(path))[:8]) or "nothing"
         fail(f"--model_name {name}: needs config.json, *.safetensors and a tokenizer; found {found}")
-    tensors = [tensor for file in weights for tensor in safe_open(file, "pt").keys()]
-    if missing := [part for part in utils.LORA_TARGETS if not any(f".{part}." in tensor for tensor in tensors)]:
+    tensors = [tensor for file in files for tensor in safe_open(file, "pt").keys()]
+    if files and (
+        missing := [part for part in utils.LORA_TARGETS if not any(f".{part}." in tensor for tensor in tensors)]
+    ):
         fail(f"--model_name {name} is not built as LLaMA is: it has no {', '.join(missing)}")
     transformers.logging.set_verbosity_error()
     try:
@@ -723,6 +761,8 @@ def main(argv=None, target=run_rank):
         del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    if args.dry_run:
+        return dry_run(args)
     try:
         with locked_output_dir(Path(args.output_dir)):
             run(args, target)
@@ -731,6 +771,30 @@ def main(argv=None, target=run_rank):
             raise
         print(f"main.py: cannot write: {error}; make room on that disk, and try again", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def dry_run(args):
+    """Print what the run would need; neither loads the weights of the model, nor writes anything."""
+    rows, held_out = find_rows(args)
+    _, config, tokenizer = find_model(args, weights=False)
+    number = min(SAMPLED_ROWS, len(rows))
+    sample = rows.select(np.random.default_rng(args.seed).choice(len(rows), number, replace=False)).map(
+        utils.tokenize_row,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length},
+        remove_columns=rows.column_names,
+        features=utils.TOKENIZED,
+        keep_in_memory=True,
+    )
+    sample = sample.filter(lambda row: row["answer_length"] > 0, keep_in_memory=True)
+    if not len(sample):
+        fail(f"--dataset_path {args.dataset_path}: no row that was looked at has an answer within --max_length")
+    device = "cuda" if args.num_gpus else "cpu"
+    half = args.num_gpus and args.torch_dtype != "float32" or args.torch_dtype == "bfloat16"
+    shape = (config.hidden_size, config.intermediate_size)
+    speed = report.measure_speed(device, torch.bfloat16 if half else torch.float32, shape)
+    num_held_out = len(held_out) if held_out else len(rows) // (args.num_clients + 1)
+    numbers = report.estimate(args, config, sample["length"], sample["answer_length"], num_held_out, speed)
+    report.print_estimate(args, numbers, len(rows), sample["length"], speed)
 
 
 def run(args, target):

@@ -1,8 +1,11 @@
 """What a run tells people: header, table of the split, a line per round, figure, model card and summary."""
 
 import collections
+import os
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import utils
@@ -54,11 +57,11 @@ def partition_table(record):
     return "\n".join(f"  {row}" for row in rows) + more
 
 
-def print_header(args, data, shared, client_bytes):
+def print_header(args, data, shared, client_bytes, model_bytes):
     """Print the sizes that a user can check before the first step.
 
     `shared` is the number of parameters that a client sends in a round, `client_bytes` what an absent client needs in
-    host memory.
+    host memory, `model_bytes` what the model needs on every rank.
     """
     rows = data.num_train
     each = f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}"
@@ -77,6 +80,11 @@ def print_header(args, data, shared, client_bytes):
         + ", ".join([args.aggregator, *[f"variant {args.lora_variant}"] * (args.lora_variant != "lora"), *extras]),
         f"  device     {device}, {args.backend}, {args.world_size} rank(s)",
     ]
+    if 0 < args.num_gpus < args.world_size:
+        lines.append(
+            f"  copies     {args.world_size} of the model, {model_bytes / 1e9:.1f} GB each; "
+            f"--world_size {args.num_gpus} --num_clients {args.num_clients} holds one a GPU, and plays clients in turn"
+        )
     if args.num_clients > args.world_size:
         playing = {client for shares, _ in data.plan for share in shares for client in share}
         lines.append(
@@ -84,6 +92,152 @@ def print_header(args, data, shared, client_bytes):
             f"{client_bytes * len(playing) / 1e9:.2f} GB for the {len(playing)} that will play, "
             "and as much in a checkpoint"
         )
+    print("\n".join(lines), flush=True)
+
+
+# -----------------------------------------------------------------------------
+# --dry_run: what a run will need, see tests/benchmarks/README.md for the formulas and how well they hold
+
+# of one layer: work that does not grow with the tokens, seconds (forward, optimizer step); what an element that is
+# saved for the backward pass costs, in passes over memory; and what a weight in 4 bits costs to unpack, in passes
+LAYER_SECONDS = {"cpu": (1.5e-3, 5.5e-3), "cuda": (0.5e-3, 2e-3)}  # measured on the CPU alone
+PASSES, UNPACKING = (4.5, 13), (1.2, 2.4)
+LOGITS_TILE = 32768  # logits of each answer token that TRL holds at a time, in float32
+LINK = {"gloo": 0.3e9, "nccl": 100e9}  # bytes per second that a rank sends and receives; measured for gloo
+
+
+def measure_speed(device, dtype, shape):
+    """Return (FLOP/s of matrix products, seconds of a pass over an element) on this machine, one thread a rank."""
+    torch.set_num_threads(1)
+    a, b = torch.randn(1024, shape[0], device=device, dtype=dtype), torch.randn(*shape, device=device, dtype=dtype)
+    x = torch.randn(2**24, device=device, dtype=dtype)
+    out = torch.empty_like(x)
+
+    def seconds(function, repeats=5):
+        function()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[repeats // 2]
+
+    return 2 * 1024 * shape[0] * shape[1] / seconds(lambda: a @ b), seconds(
+        lambda: torch.mul(x, x, out=out)
+    ) / x.numel()
+
+
+def count_parameters(config):
+    """Return (in the linear layers, in all others, in the largest linear layer), built without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return sum(linear), sum(p.numel() for p in model.parameters()) - sum(linear), max(linear)
+
+
+def estimate(args, config, lengths, answer_lengths, num_held_out, speed):
+    """Return what a run with these flags will need, as a dict in bytes and seconds.
+
+    `lengths` are the tokens of some rows, `answer_lengths` of their answers; `num_held_out` global held-out rows are
+    evaluated; `speed` is what `measure_speed` says.
+    """
+    kind, (rate, per_element) = "cuda" if args.num_gpus else "cpu", speed
+    width = 4 if kind == "cpu" and args.torch_dtype == "auto" or args.torch_dtype == "float32" else 2
+    linear, others, largest = count_parameters(config)
+    lora, r, layers = utils.count_lora_parameters(config, args.lora_r), args.lora_r, config.num_hidden_layers
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    keys = hidden * config.num_key_value_heads // heads
+    saved = 6 * hidden + 2 * keys + 4 * config.intermediate_size + 7 * r + heads + 2  # a token in a layer
+
+    lengths, rng = np.asarray(lengths), np.random.default_rng(0)
+
+    def batch_of(size):  # (tokens with padding, tokens that are learned)
+        if args.packing and size == args.per_device_train_batch_size:
+            return size * args.max_length, size * args.max_length * np.mean(answer_lengths) / lengths.mean()
+        return size * rng.choice(lengths, (200, size)).max(axis=1).mean(), size * np.mean(answer_lengths)
+
+    def seconds(size, train):
+        tokens, learned = batch_of(size)
+        times = 2 if train else 1  # the weights are frozen: no gradients of theirs
+        flops = tokens * (2 * (linear + lora) + 4 * tokens / size * hidden * layers)
+        flops += learned * 2 * config.vocab_size * hidden * (1.5 if train else 1)
+        total = times * flops / rate + tokens * layers * saved * PASSES[train] * per_element
+        total += layers * LAYER_SECONDS[kind][train] + args.load_in_4bit * linear * UNPACKING[train] * per_element
+        return total + (seconds(size, False) if train and args.gradient_checkpointing else 0)
+
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    workers = args.num_gpus or len(os.sched_getaffinity(0))
+    crowd = max(1, args.world_size / workers)  # ranks that share a GPU, or a core
+    turns = -(-args.clients_per_round // args.world_size)
+    evaluated = min(num_held_out, utils.GLOBAL_EVAL_ROWS) / args.world_size + turns * utils.CLIENT_EVAL_ROWS
+    words = utils.MAX_NEW_TOKENS * layers * LAYER_SECONDS[kind][0] + utils.MAX_NEW_TOKENS * args.load_in_4bit * (
+        linear * UNPACKING[0] * per_element
+    )  # of a batch of answers, one token after another
+    batches = -(-min(num_held_out, utils.ANSWERED_ROWS) // (args.world_size * 4 * args.per_device_train_batch_size))
+    tokens, learned = batch_of(batch)
+    kept = hidden if args.gradient_checkpointing else saved
+    memory = {
+        "weights": linear * (0.516 if args.load_in_4bit else width) + others * width,
+        "adapter": lora
+        * (4 + 4 + 4 + utils.OPTIMIZER_BYTES.get(args.optim, 8)),  # with its gradient, and the round's start
+        "activations": width * (tokens * (layers * kept + saved) + largest) + 8 * learned * LOGITS_TILE,
+        "averaging": 24 * lora,
+    }
+    sent = lora * {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / utils.CODE_BLOCK}[args.average_dtype]
+    wire = 8 * lora if args.average_dtype == "float32" else sent * turns
+    checkpoint = utils.checkpoint_bytes(args, lora)
+    round_seconds = {
+        "local": crowd * turns * args.local_steps * accumulation * seconds(batch, True),
+        "average": 2 * wire / LINK[args.backend] * (1 if args.num_gpus else crowd) + 20 * lora * per_element * crowd,
+        "eval": crowd * evaluated / (4 * batch) * seconds(4 * batch, False),
+        "save": checkpoint / 3e8,
+    }
+    every = {"local": 1, "average": 1, "eval": args.eval_rounds, "save": args.save_rounds}
+    total = {name: value * -(-args.num_rounds // every[name]) for name, value in round_seconds.items()}
+    total["eval"] += 2 * crowd * batches * (words + seconds(4 * batch, False))  # answers before and after
+    return {
+        "parameters": (linear, others, lora),
+        "memory": memory,
+        "peak": memory["weights"] + memory["adapter"] + max(memory["activations"], memory["averaging"]),
+        "sent": sent,
+        "checkpoint": checkpoint,
+        "seconds": round_seconds,
+        "total": sum(total.values()),
+        "share_of_evaluation": total["eval"] / sum(total.values()),
+    }
+
+
+def print_estimate(args, numbers, num_rows, lengths, speed):
+    """Print what `estimate` says, for people."""
+    linear, others, lora = numbers["parameters"]
+    memory = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in numbers["memory"].items())
+    each = {
+        name: f"{time:.2g} s" if time < 100 else f"{time / 60:.0f} min" for name, time in numbers["seconds"].items()
+    }
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    hours, minutes = divmod(max(1, round(numbers["total"] / 60)), 60)
+    device = f"{min(args.num_gpus, args.world_size)} x {torch.cuda.get_device_name()}" if args.num_gpus else "CPU"
+    kept, share = utils.KEPT_CHECKPOINTS + 1, numbers["share_of_evaluation"]
+    lines = [
+        "dry run: estimates from sizes and from the speed of this machine; nothing is loaded, trained or written",
+        f"  model      {(linear + others) / 1e6:,.1f} M parameters, {linear / 1e6:,.1f} M of them in linear layers; "
+        f"LoRA {lora / 1e6:.1f} M",
+        f"  rows       {num_rows:,} of {np.mean(lengths):.0f} tokens; 95% have up to {np.quantile(lengths, 0.95):.0f}",
+        f"  device     {device}, {speed[0] / 1e9:,.0f} GFLOP/s, {args.world_size} rank(s), {args.backend}",
+        f"  memory     {numbers['peak'] / 1e9:.2f} GB a rank beside the libraries: {memory} "
+        "(of the last two the larger counts)",
+        f"  round      {each['local']} for {args.local_steps} local steps x {batch} rows, {each['average']} to average",
+        f"  bytes      {numbers['sent'] / 1e6:.1f} MB per client and round, as {args.average_dtype}",
+        f"  evaluation {each['eval']}, every {args.eval_rounds} round(s); with the answers {share:.0%} of the run",
+        f"  disk       {kept * numbers['checkpoint'] / 1e9:.2f} GB for {kept} checkpoints, one in {each['save']}, "
+        f"every {args.save_rounds} round(s)",
+        f"  run        {args.num_rounds} rounds: about {f'{hours} h ' * (hours > 0)}{minutes} min, and the start",
+    ]
     print("\n".join(lines), flush=True)
 
 

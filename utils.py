@@ -39,7 +39,12 @@ TOKENIZED = Features(
 )
 UNANSWERABLE = "unanswerable"
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first of these that a dataset has
+CLIENT_EVAL_ROWS = 16  # at most so many rows of each client are held out, and at most a tenth of its rows
+GLOBAL_EVAL_ROWS = 512  # at most so many of the global held-out rows are evaluated
+ANSWERED_ROWS = 96  # held-out questions that are answered before and after training, for exact match and F1
+MAX_NEW_TOKENS = 32  # of an answer
 KEPT_CHECKPOINTS = 2
+OPTIMIZER_BYTES = {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}  # of its state, for each parameter; else 8
 STOPPED = 143  # exit code of a rank that has saved itself on SIGTERM
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -282,13 +287,14 @@ def count_lora_parameters(config, r):
 def checkpoint_bytes(args, parameters):
     """Return about how large a checkpoint is, with so many LoRA parameters."""
     state = moment_bytes(args) + 4 * (args.lora_variant == "fedsa" or args.aggregator == "none") + 4 * args.scaffold
+    state += 4 * (args.average_dtype != "float32")
     return parameters * (4 * args.world_size + state * args.num_clients + 16)  # adapters, clients, and the server's
 
 
 def moment_bytes(args):
     """Return how many bytes of a client's optimizer state wait for its next turn, per parameter that it trains."""
     kept = args.client_state == "keep" or args.world_size == args.num_clients
-    return {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}.get(args.optim, 8) * kept
+    return OPTIMIZER_BYTES.get(args.optim, 8) * kept
 
 
 def write_aside(path, text):
@@ -444,28 +450,36 @@ def sum_over_clients(*terms):
     """Return the sums of `terms` (tensors or numbers) over the clients of the round, as float32 tensors.
 
     All of them in one all-reduce, in which every rank takes part. Summed in float64, which makes it irrelevant who
-    comes first, and so which rank plays which client.
+    comes first, and so which rank plays which client. With a narrow --average_dtype, see `sum_narrow`, vectors are not
+    in it: every rank gets all clients' codes of its share of the coordinates, and adds up those.
     """
     terms = [torch.as_tensor(term) for term in terms]
-    sizes = [term.numel() for term in terms]
+    exact, vectors = ([term for term in terms if is_narrow(term) == narrow] for narrow in (False, True))
+    sizes = [term.numel() for term in exact]
     number, outbox["calls"] = outbox["calls"], outbox["calls"] + 1
     first = number == len(outbox["sums"])
     if first:
-        outbox["sums"].append([0, torch.empty(sum(sizes), dtype=torch.float64, device=communication_device())])
+        sums = torch.empty(sum(sizes), dtype=torch.float64, device=communication_device())
+        outbox["sums"].append([0, sums, [[] for _ in vectors]])
     outbox["sums"][number][0] += not any(term.is_meta for term in terms)
-    senders, sums = outbox["sums"][number]
+    senders, sums, codes = outbox["sums"][number]
     if senders != outbox["clients"]:
         raise RuntimeError(
             "what clients send depends on results of the same round: one client a rank, or gather_shards"
         )
-    for part, term in zip(sums.split(sizes), terms):
-        term = torch.zeros_like(part) if outbox["silent"] else term.reshape(-1).to(sums.device)
+    for part, term in zip(sums.split(sizes), exact):
+        term = torch.zeros_like(part) if outbox["silent"] else send([term.reshape(-1).to(sums.device)])[0]
         part.copy_(term) if first else part.add_(term)
-    if outbox["last"]:
-        dist.all_reduce(sums)  # all ranks participate
-        results = [part.float().view_as(term) for part, term in zip(sums.split(sizes), terms)]
-    else:
+    for i, vector in enumerate(vectors if not outbox["silent"] else []):
+        codes[i].append((outbox["client"], 1.0, *send(encode(vector, f"{number} {i}"))))
+    if not outbox["last"]:
         results = [torch.empty(term.shape, device="meta") for term in terms]
+    else:
+        if sizes:
+            dist.all_reduce(sums)  # all ranks participate
+        exact, vectors = iter(sums.split(sizes)), iter(zip(codes, vectors))
+        results = [sum_narrow(*next(vectors)) if is_narrow(term) else next(exact).float() for term in terms]
+        results = [result.view_as(term) for result, term in zip(results, terms)]
     return results if len(results) > 1 else results[0]
 
 
@@ -479,20 +493,25 @@ def gather_shards(update, weight, sizes=None):
     if outbox["gathered"] != outbox["clients"]:
         raise RuntimeError("gather_shards may be called once a round: pass it all that is needed, as one vector")
     if not outbox["silent"]:
-        outbox["updates"].append((outbox["client"], weight, update))
+        vector = encode(update, "all") if is_narrow(update) else [update]
+        outbox["updates"].append((outbox["client"], weight, *send(vector)))
     if not outbox["last"]:
         raise Sent
-    return exchange(outbox["updates"], sizes or even_sizes(update.numel()))
+    dtype = outbox["dtype"] if is_narrow(update) else "float32"
+    return exchange(outbox["updates"], sizes or even_sizes(update.numel()), dtype)
 
 
 def join_shards(values, sizes):
-    """Return the vector (P,) of which every rank has sizes[rank] coordinates; every rank takes part."""
-    flat = values.new_empty(sum(sizes), dtype=torch.float32)
+    """Return the vector (P,) of which every rank has sizes[rank] coordinates; every rank takes part.
+
+    It travels as float32, or with a narrow --average_dtype as bfloat16.
+    """
+    flat = values.new_empty(sum(sizes), dtype=torch.float32 if outbox["dtype"] == "float32" else torch.bfloat16)
     parts = flat.split(sizes)
     parts[dist.get_rank()].copy_(values)
     for work in [dist.broadcast(part, src=rank, async_op=True) for rank, part in enumerate(parts) if len(part)]:
         work.wait()  # all ranks participate
-    return flat
+    return flat.float()
 
 
 def fedavg(update, weight, state):
@@ -587,13 +606,14 @@ def svd(update, weight, state):
     A with orthogonal rows as long as before, and turned so that AdamW's moments still fit.
     """
     layers, sizes = deal_layers(state["shapes"])
-    values, weights = gather_shards(state["start"] + update, weight, sizes)
+    values, weights = gather_shards(update, weight, sizes)
+    start = state["start"].split(sizes)[dist.get_rank()]
     factors = [
         factor.reshape(-1)
-        for a, b in layer_factors(values, layers[dist.get_rank()])
+        for a, b in layer_factors(start + values, layers[dist.get_rank()])
         for factor in project_product(a, b, weights / weights.sum())
     ]
-    return join_shards(torch.cat(factors) if factors else values.new_empty(0), sizes) - state["start"]
+    return join_shards(torch.cat(factors) - start if factors else start, sizes)
 
 
 def none(update, weight, state):
@@ -622,8 +642,10 @@ AGGREGATORS = {
 
 # of this rank in the round under way: who is sending, how many clients have begun to, whether it is the last of them,
 # whether it has none that counts, how often the last has called `sum_over_clients` and all have `gather_shards`,
-# [senders, sum so far] of each call of the one, and the updates for the other
-outbox = {"clients": 0, "sums": [], "updates": [], "gathered": 0}
+# [senders, sum so far, codes] of each call of the one, and the updates for the other; --average_dtype, what rounding
+# has kept back of each client's vectors, and how many bytes of vectors they have sent
+outbox = {"clients": 0, "sums": [], "updates": [], "gathered": 0, "dtype": "float32", "kept_back": {}, "bytes": 0}
+CODE_BLOCK = 1024  # numbers that share a scale in int8; shorter vectors are sent as they are
 BAD_RATIO = 1000
 BLOCK = 2**16  # coordinates that are sorted at a time
 
@@ -643,30 +665,82 @@ def even_sizes(total):
     return [size + (rank < rest) for rank in range(dist.get_world_size())]
 
 
-def exchange(updates, sizes):
+def exchange(updates, sizes, dtype="float32"):
     """Give every rank its shard of all clients' vectors, by one all-to-all, in which every rank takes part.
 
-    `updates` holds (client, weight, vector) of this rank's clients, the vectors float32 (P,). Returns (values, weights)
-    as `gather_shards` does: rank r gets the r-th stretch, sizes[r] long, of each vector.
+    `updates` holds (client, weight, vector) of this rank's clients, the vectors (P,) of `dtype`, with their scales
+    behind them where that is int8. Returns (values, weights) as `gather_shards` does: rank r gets the r-th stretch,
+    sizes[r] long, of each vector.
     """
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [(client, weight) for client, weight, _ in updates])  # all ranks participate
-    mine, vectors = sizes[dist.get_rank()], [vector for _, _, vector in updates]
+    own = [(client, weight, *scales) for client, weight, _, *scales in updates]
+    dist.all_gather_object(everyone, own)  # all ranks participate
+    mine, vectors = sizes[dist.get_rank()], [update[2] for update in updates]
     if len(vectors) == 1:
         sent = vectors[0]
     else:
         parts = [v for part in zip(*(v.split(sizes) for v in vectors)) for v in part]
-        sent = torch.cat(parts or [torch.empty(0, device=communication_device())])
+        empty = torch.empty(0, dtype=getattr(torch, dtype), device=communication_device())
+        sent = torch.cat(parts or [empty])
     received = sent.new_empty(sum(map(len, everyone)) * mine)
     dist.all_to_all_single(  # all ranks participate
         received, sent, [len(part) * mine for part in everyone], [len(updates) * size for size in sizes]
     )
-    clients, weights = zip(*(pair for part in everyone for pair in part))
-    values, weights = received.view(len(clients), mine), torch.tensor(weights, dtype=torch.float64)
+    clients, weights, *scales = zip(*(each for part in everyone for each in part))
+    values, weights = received.view(len(clients), mine).float(), torch.tensor(weights, dtype=torch.float64)
+    if scales:
+        start = sum(sizes[: dist.get_rank()])
+        block = torch.arange(start, start + mine, device=values.device) // CODE_BLOCK
+        for value, scale in zip(values, scales[0]):
+            value *= scale.to(values.device)[block]
     order = sorted(range(len(clients)), key=clients.__getitem__)
     if order != list(range(len(clients))):
         values, weights = values[order], weights[order]
     return values, weights.to(values.device)
+
+
+def is_narrow(term):
+    """Whether a term is sent in fewer bits than it has."""
+    return outbox["dtype"] != "float32" and term.numel() >= CODE_BLOCK
+
+
+def encode(vector, name):
+    """Return a vector (P,) as --average_dtype says: bfloat16 codes, or int8 codes and the scale of each CODE_BLOCK.
+
+    What rounding keeps back is added to what the client sends by this name next time: error feedback, Seide et al.
+    2014 (Interspeech), Karimireddy et al. 2019 (arXiv:1901.09847).
+    """
+    kept_back, name = outbox["kept_back"].setdefault(outbox["client"], {}), f"{outbox['part']} {name}"
+    vector = vector.reshape(-1).to(communication_device(), torch.float32)
+    if name in kept_back:
+        vector = vector + kept_back[name].to(vector.device)
+    if outbox["dtype"] == "bfloat16":
+        codes = [vector.bfloat16()]
+        rounded = codes[0].float()
+    else:
+        blocks = torch.nn.functional.pad(vector, (0, -len(vector) % CODE_BLOCK)).view(-1, CODE_BLOCK)
+        scales = blocks.abs().amax(dim=1).clamp_min(1e-30) / 127
+        whole = (blocks / scales[:, None]).round()
+        codes = [whole.to(torch.int8).view(-1)[: len(vector)], scales.cpu()]
+        rounded = (whole * scales[:, None]).view(-1)[: len(vector)]
+    kept_back[name] = (vector - rounded).cpu()
+    return codes
+
+
+def send(parts):
+    """Count the bytes of the vectors among what a client sends, as float32 where they are not narrow."""
+    outbox["bytes"] += sum(part.numel() * min(4, part.element_size()) for part in parts if part.numel() > 1)
+    return parts
+
+
+def sum_narrow(updates, vector):
+    """Return the sum of all clients' codes, summed in float64, of a vector that is as long; every rank takes part."""
+    sizes = even_sizes(vector.numel())
+    values, _ = exchange(updates, sizes, outbox["dtype"])
+    sums = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+    for value in values:
+        sums += value
+    return join_shards(sums, sizes)
 
 
 def find_bad_updates(norms):
@@ -771,14 +845,17 @@ def unflatten_parameters(parameters, flat):
         parameter.data.copy_(values.view_as(parameter))
 
 
-def federated_average(model, world_size, start=None, clients=None, aggregate=fedavg, state=None, part=""):
+def federated_average(
+    model, world_size, start=None, clients=None, aggregate=fedavg, state=None, part="", dtype="float32", kept_back=None
+):
     """Replace the shared LoRA parameters of every client by their average; every rank takes part.
 
     With the first two arguments only this is the plain mean over the ranks, by one all-reduce. `start` (P,) is the
     vector from which all clients began the round; `clients` are those that this rank has played, and that count, as a
     list of (number, weight, update), where update is a vector (P,) or the file that holds it; `aggregate` is a strategy
-    (see EDIT HERE), `state` its dict, `part` a part of the names of the parameters that are shared. Returns the
-    averaged update (P,). Raises ValueError where the process group has not `world_size` ranks.
+    (see EDIT HERE), `state` its dict, `part` a part of the names of the parameters that are shared. `dtype` is what
+    clients send, and `kept_back` {client: dict} what rounding to a narrow one keeps back for the next round. Returns
+    the averaged update (P,). Raises ValueError where the process group has not `world_size` ranks.
     """
     if dist.get_world_size() != world_size:
         raise ValueError(f"world_size is {world_size}, but the process group has {dist.get_world_size()} ranks")
@@ -791,6 +868,7 @@ def federated_average(model, world_size, start=None, clients=None, aggregate=fed
     state = {} if state is None else state
     state |= {"start": start, "shapes": [parameter.shape for parameter in parameters]}
     outbox.update(silent=not clients, clients=0, gathered=0, sums=[], updates=[])
+    outbox.update(dtype=dtype, kept_back={} if kept_back is None else kept_back, part=part, bytes=0)
     for client, weight, update in clients[:-1]:
         outbox.update(client=client, last=False, calls=0)
         outbox["clients"] += 1

@@ -172,7 +172,7 @@ REDIRECTIONS = (contextlib.redirect_stdout, contextlib.redirect_stderr)
 main.launch = launch
 main.start_imports = lambda: None
 report.plot_losses = lambda folder: None
-federated.ANSWERED_ROWS, federated.GLOBAL_EVAL_ROWS, federated.CLIENT_EVAL_ROWS = 1, 2, 1  # what takes the time
+utils.ANSWERED_ROWS, utils.GLOBAL_EVAL_ROWS, utils.CLIENT_EVAL_ROWS = 1, 2, 1  # what takes the time
 gc.freeze()  # the imported modules, which each trainer would collect anew
 fuzz()
 print(*counts.values())

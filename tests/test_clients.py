@@ -106,7 +106,7 @@ def test_plan(num_clients, drawn):
 
 def test_a_client_goes_on_where_its_data_stopped(tmp_path):
     """Over all its turns, on whatever rank, a client reads its own rows in the order of its schedule."""
-    rows = datasets.Dataset.from_dict({"id": list(range(200))})
+    rows = datasets.Dataset.from_dict({"id": list(range(200)), "length": [1] * 200})
     datasets.DatasetDict(train=rows, held_out=rows).save_to_disk(tmp_path)
     parts = [part.tolist() for part in utils.split_evenly(200, 10, seed=1)]
     (tmp_path / "parts.json").write_text(json.dumps({"clients": parts, "held_out": []}))
@@ -136,6 +136,7 @@ STATEFUL |= {
     "fedsa": "--lora_variant fedsa",
     "rolora_fedadam": "--lora_variant rolora --aggregator fedadam",
     "dropout": "--lora_dropout 0.2",
+    "int8": "--average_dtype int8 --client_state reset --packing --max_length 256",
     "one_each": "--aggregator fedadam --num_clients 2 --clients_per_round 2",
     "one_each_fedsa": "--lora_variant fedsa --scaffold --num_clients 2 --clients_per_round 2",
 }

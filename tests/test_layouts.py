@@ -21,9 +21,12 @@ CASES |= {
     "almost_no_prox": "--prox_mu 1e-12",
     "reset": "--client_state reset",
     "dropout": "--lora_dropout 0.2",
+    "packing": "--packing --max_length 256",
+    "int8": "--average_dtype int8",
+    "int8_median": "--average_dtype int8 --aggregator median",
 }
 MOVING = "--clients_per_round 4 --num_rounds 4 --seed 6"  # so that clients move between ranks
-SOME = {f"{name}_of_4": f"{CASES[name]} {MOVING}" for name in ("fedavg", "fedsa", "scaffold", "none")}
+SOME = {f"{name}_of_4": f"{CASES[name]} {MOVING}" for name in ("fedavg", "fedsa", "scaffold", "none", "int8")}
 
 
 @pytest.fixture(scope="module")

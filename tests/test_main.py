@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, SMALL_RUN, assert_nowhere, run_main, write_rows
 
 import main
 import utils
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do it")
 
 # -----------------------------------------------------------------------------
 # bad input: one line, exit code 2, before a model is loaded
@@ -71,6 +74,10 @@ def refused(capsys, tmp_path):
         ("--scaffold --lora_variant rolora", "leave out --lora_variant rolora"),
         ("--prox_mu -1", "--prox_mu: -1 is not above 0"),
         ("--num_malicious -1", "--num_malicious: -1 is below 0"),
+        pytest.param("--torch_dtype float16", "float16 needs a GPU; leave it out", marks=no_gpu),
+        pytest.param("--use_liger_kernel", "--use_liger_kernel needs a GPU; leave it out", marks=no_gpu),
+        pytest.param("--attn_implementation flash_attention_2", "flash_attention_2 needs a GPU", marks=no_gpu),
+        ("--average_dtype int4", "invalid choice: 'int4'"),
     ],
 )
 def test_bad_flags(refused, flags, message, monkeypatch):
@@ -217,7 +224,7 @@ def test_files_of_a_run(finished):
         assert entry["train_loss"] == pytest.approx(sum(losses[f"client_{k}_train_loss"][number] for k in (0, 1)) / 2)
         assert entry["learning_rate"] > 0 and entry["update_norm"] > 0 and entry["drift"] > 0
         assert set(entry["seconds"]) == {"local", "average", "eval", "save"}
-        assert len(entry["digest"]) == 64 and entry["clients"] == [0, 1] and entry["weights"] == [1868, 1868]
+        assert len(entry["digest"]) == 64 and entry["clients"] == [0, 1] and entry["weights"] == [1884, 1884]
         assert entry["bytes"] == 2 * 4 * 163_840 and 2 * 2 * 4 * 50 < entry["tokens"] < 2 * 2 * 4 * 150
     assert len({entry["digest"] for entry in rounds}) == 4
     evaluated = [entry["eval_loss"] for entry in rounds]
@@ -231,7 +238,7 @@ def test_summary_and_config_of_a_run(finished):
     folder, process = finished
     rounds = utils.read_rounds(folder)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["rounds"] == 4 and summary["clients"] == 2 and summary["rows"] == [1868, 1868]
+    assert summary["rounds"] == 4 and summary["clients"] == 2 and summary["rows"] == [1884, 1884]
     assert summary["tokens"] == sum(entry["tokens"] for entry in rounds)
     assert summary["eval_loss"] == {"first": rounds[1]["eval_loss"], "last": rounds[3]["eval_loss"]}
     assert summary["eval_loss"]["last"] < summary["eval_loss"]["first"]
@@ -244,7 +251,7 @@ def test_summary_and_config_of_a_run(finished):
 
 def test_terminal_of_a_run(finished):
     folder, process = finished
-    assert "2, 1868 training rows each; 200 global held-out rows" in process.stdout
+    assert "2, 1884 training rows each; 200 global held-out rows" in process.stdout
     assert "163,840 LoRA parameters, 0.7 MB per client and round, fedavg" in process.stdout
     assert sum(line.startswith("round ") for line in process.stdout.splitlines()) == 4
     assert str(folder / "federated_global_model") in process.stdout.splitlines()[-1]

@@ -102,7 +102,7 @@ def run_case(folder, flags, rank, args, resume_from=None):
     import main
     import report
 
-    federated.ANSWERED_ROWS, federated.GLOBAL_EVAL_ROWS, federated.CLIENT_EVAL_ROWS = 1, 2, 1
+    utils.ANSWERED_ROWS, utils.GLOBAL_EVAL_ROWS, utils.CLIENT_EVAL_ROWS = 1, 2, 1
     report.plot_losses = lambda folder: None
     gc.freeze()  # the imported modules, which each trainer would collect anew
     for name in main.LAUNCHER_VARIABLES:

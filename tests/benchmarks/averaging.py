@@ -22,7 +22,7 @@ import utils
 
 REPEATS, TENSORS = 7, 448
 SIZES = {"SmolLM2-135M, r=16": 4_900_000, "Llama-3.1-8B, r=16": 42_000_000}
-STRATEGIES = ["fedavg", "median", "trimmed_mean", "krum", "fedadam"]
+STRATEGIES = ["fedavg", "fedavg bfloat16", "fedavg int8", "median", "trimmed_mean", "krum", "fedadam"]
 
 
 def memory(field):
@@ -36,11 +36,21 @@ def make(world_size, rank, size):
     torch.manual_seed(rank)
     model = torch.nn.ParameterList([torch.randn(size // TENSORS) for _ in range(TENSORS)])
     start, states = torch.zeros(size // TENSORS * TENSORS), {name: {} for name in STRATEGIES}
+    kept_back = {rank: {}}
 
     def average(name):
-        function = utils.AGGREGATORS[name]
+        strategy, dtype = (*name.split(), "float32")[:2]
         clients = [(rank, 1.0 + rank, utils.flatten_parameters(model).sub_(start))]
-        return utils.federated_average(model, world_size, start, clients, function, states[name])
+        return utils.federated_average(
+            model,
+            world_size,
+            start,
+            clients,
+            utils.AGGREGATORS[strategy],
+            states[name],
+            dtype=dtype,
+            kept_back=kept_back,
+        )
 
     return average
 

@@ -1,7 +1,8 @@
 """What many clients on a rank cost. python tests/benchmarks/clients.py [FOLDER_OF_SMOLLM2]
 
-1. Changing clients, against 10 local steps: SmolLM2-135M, 4-bit, one rank that plays 2 clients, 6 turns.
-2. Memory of the largest of 2 ranks that play 8, 25, 50 and 100 clients a round: embedded model, --lora_r 64.
+1. Seconds a round for 8, 16, 64 and 256 clients on 2 ranks, embedded model, one local step each.
+2. Changing clients, against 10 local steps: SmolLM2-135M, 4-bit, one rank that plays 2 clients, 6 turns.
+3. Memory of the largest of 2 ranks that play 8, 25, 50 and 100 clients a round: embedded model, --lora_r 64.
 """
 
 import json
@@ -14,12 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import main
+import utils
 
 
 def timed_rank(rank, args):
     import federated
 
-    federated.ANSWERED_ROWS, federated.GLOBAL_EVAL_ROWS, federated.CLIENT_EVAL_ROWS = 1, 1, 1  # not what is timed
+    utils.ANSWERED_ROWS, utils.GLOBAL_EVAL_ROWS, utils.CLIENT_EVAL_ROWS = 1, 1, 1  # not what is timed
     entering, leaving, turns = [], [], []
 
     class TimedRounds(federated.FederatedRounds):
@@ -58,6 +60,21 @@ def change_clients(smollm2):
     print(f"changing clients {enter:.3f} s, 10 local steps {turn:.1f} s: {100 * enter / turn:.2f}%")
 
 
+def linear():
+    """All sizes in turn, 3 times; of each run the rounds but for the first, which meets every client anew."""
+    flags = "--world_size 2 --client_state reset --local_steps 1 --num_rounds 4 --eval_rounds 4 --save_rounds 4"
+    seconds = {clients: [] for clients in (8, 16, 64, 256)}
+    for _ in range(3):
+        for clients in seconds:
+            with tempfile.TemporaryDirectory() as folder:
+                rounds = run(f"{flags} --num_clients {clients}", folder)
+            seconds[clients] += [sum(entry["seconds"][part] for part in ("local", "average")) for entry in rounds[1:]]
+    print("| clients a round | seconds a round | a client | of that with 256 |\n|---|---|---|---|")
+    each = {clients: statistics.median(values) / clients for clients, values in seconds.items()}
+    for clients, value in each.items():
+        print(f"| {clients} | {value * clients:.2f} | {value:.4f} | {value / each[256]:.2f} |", flush=True)
+
+
 def memory():
     print("| clients a round | keep, GB | reset, GB |\n|---|---|---|")
     for clients in (8, 25, 50, 100):
@@ -74,6 +91,7 @@ def memory():
 
 
 if __name__ == "__main__":
+    linear()
     if len(sys.argv) > 1:
         change_clients(sys.argv[1])
     memory()

@@ -1,0 +1,236 @@
+"""On one GPU: an 8 B LLaMA in 4 bits, federated, as plain TRL and as the naive loop. python tests/benchmarks/gpu.py
+
+The model has the shape of Llama-3.1-8B and random weights that are made on the GPU, so nothing is downloaded; sequences
+of 1024 tokens, 4 a step, bf16. Medians over 3 turns of 5 steps, behind one to warm up. `speed` prints tokens per
+second, model FLOP utilization (6 FLOPs less the 2 for gradients of weights that are frozen, against the matrix products
+of this GPU) and peak memory; `profile` where the time of a step goes; `sharing` 8 clients as one rank and as 8 ranks.
+`tiny` in front runs the same with a model of two layers, on a CPU too, to see that it still works.
+"""
+
+import functools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+import training
+
+import main
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+}
+TINY = LLAMA_8B | {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+STEPS, TURNS = 5, 3
+
+
+def make_inputs(folder, shape, num_rows=200, words=1100):
+    """Write the config, a tokenizer, a file that only names the layers, and rows of more than 1024 tokens."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, LlamaConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(main.EMBEDDED_MODEL)
+    tokenizer.save_pretrained(folder / "model")
+    LlamaConfig(**shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id).save_pretrained(
+        folder / "model"
+    )
+    names = {f"model.layers.0.{part}.weight": torch.zeros(1) for part in main.utils.LORA_TARGETS}
+    save_file(names, folder / "model" / "model.safetensors")
+    text = Path(main.EMBEDDED_DATA, "train.jsonl").read_text().split()
+    rows = ({"prompt": "the", "completion": " ".join(text[10 * i : 10 * i + words])} for i in range(num_rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"--model_name {folder}/model --dataset_path {folder}/rows.jsonl --max_length 1024 --warmup_steps 0"
+
+
+def random_weights(path, dtype, quantization_config, device_map, attn_implementation="sdpa", **_):
+    """As AutoModelForCausalLM.from_pretrained, but the weights are drawn on the GPU."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    device = device_map[""]
+    weights = {name: torch.randn(shape, device=device, dtype=dtype).mul_(0.02) for name, shape in shapes.items()}
+    return LlamaForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        quantization_config=quantization_config,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+    )
+
+
+def prepare(rank):
+    """What every rank of this benchmark begins with."""
+    for name in main.LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    training.prepare(rank)
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained = random_weights
+
+
+def peak_memory():
+    import torch
+
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    return training.memory("VmHWM")
+
+
+def speed_rank(own_flags, more, rank, args):
+    """Each kind in turn, TURNS times; writes {kind: [(seconds of a step, GB)]}."""
+    prepare(rank)
+    import federated
+
+    data = federated.load_client_data(rank, args)
+    kinds = {
+        "plain TRL": None,
+        "naive loop": None,
+        "--local_steps 1": "",
+        "--local_steps 10": "--local_steps 10",
+    } | more
+    measured = {kind: [] for kind in kinds}
+    for turn in range(TURNS):
+        for kind, flags in kinds.items():
+            folder = f"{args.output_dir}/{turn}_{kind.replace(' ', '_')}"
+            if kind == "naive loop":  # its defaults: fp16, and evaluating and saving at every step
+                half = {"fp16": True, "bf16": False} if args.num_gpus else {}
+                rows = data.global_held_out.select(range(8))
+                often = half | {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+                seconds = training.naive_loop(rank, args, data, folder, STEPS + 1, eval_dataset=rows, **often)[1:]
+            elif kind == "plain TRL":
+                trainer = training.plain_trainer(args, data, folder, max_steps=STEPS + 2)
+                training.clock(trainer, times := [])
+                trainer.train()
+                del trainer
+                seconds = [after - before for before, after in zip(times[1:], times[2:])]
+            else:
+                case = main.parse_args([*own_flags, *flags.split()])
+                case.model_path, case.data_path, case.resume_from = args.model_path, args.data_path, None
+                times, _ = training.federated_run(rank, case, folder)
+                seconds = [after - before for before, after in zip(times[1:], times[2:])]
+            measured[kind].append((statistics.mean(seconds), peak_memory()))
+    Path(args.output_dir, "speed.json").write_text(json.dumps(measured))
+
+
+def speed(folder, shape, more):
+    import torch
+    from transformers import LlamaConfig
+
+    import report
+
+    flags = make_inputs(folder, shape)
+    flags += f" --world_size 1 --local_steps 1 --num_rounds {STEPS + 2} --eval_rounds 100 --save_rounds 100"
+    flags = [*flags.split(), "--output_dir", str(folder / "out")]
+
+    target = functools.partial(speed_rank, flags, more)
+    main.main(flags, target=target)
+    measured = json.loads((folder / "out" / "speed.json").read_text())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rate, _ = report.measure_speed(device, dtype, (8192, 8192) if device == "cuda" else (512, 512))
+    linear, others, _ = report.count_parameters(LlamaConfig(**shape))
+    lines = ["| | tokens/s | of plain TRL | model FLOP utilization | peak memory, GB |", "|---|---|---|---|---|"]
+    base = statistics.median(seconds for seconds, _ in measured["plain TRL"])
+    for kind, turns in measured.items():
+        seconds, memory = (statistics.median(values) for values in zip(*turns))
+        utilization = 4 * linear * 4 * 1024 / seconds / rate
+        lines.append(f"| {kind} | {4096 / seconds:,.0f} | {base / seconds:.2f} | {utilization:.0%} | {memory:.1f} |")
+    return [f"matrix products: {rate / 1e12:.0f} TFLOP/s", *lines]
+
+
+def profile_rank(rank, args):
+    """Three steps of this project; writes the seconds of each kind of kernel."""
+    prepare(rank)
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiled:
+        training.federated_run(rank, args, f"{args.output_dir}/profiled")
+    kinds = {
+        "dequantization": ("dequant", "4bit", "blockwise"),
+        "attention": ("attention", "flash", "fmha", "sdpa"),
+        "optimizer": ("adam", "optimizer", "multi_tensor"),
+        "averaging": ("nccl", "gloo", "c10d"),
+        "matrix products": ("gemm", "mm", "cutlass", "nvjet", "linear"),
+    }
+    seconds = dict.fromkeys([*kinds, "rest"], 0.0)
+    for event in profiled.key_averages():
+        own = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        name = event.key.lower()
+        seconds[next((kind for kind, signs in kinds.items() if any(s in name for s in signs)), "rest")] += own / 1e6
+    Path(args.output_dir, "profile.json").write_text(json.dumps(seconds))
+
+
+def where_the_time_goes(folder, shape):
+    flags = make_inputs(folder, shape) + " --world_size 1 --local_steps 3 --num_rounds 1 --save_rounds 100"
+    main.main([*flags.split(), "--output_dir", str(folder / "out")], target=profile_rank)
+    seconds = json.loads((folder / "out" / "profile.json").read_text())
+    total = sum(seconds.values())
+    return ["| of three steps and an evaluation | share |", "|---|---|"] + [
+        f"| {kind} | {value / total:.0%} |" for kind, value in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+
+
+def shared_rank(rank, args):
+    if args.num_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    prepare(rank)
+    times, _ = training.federated_run(rank, args, f"{args.output_dir}/shared")
+    Path(args.output_dir, f"shared_{rank}.json").write_text(json.dumps([times[-1] - times[0], peak_memory()]))
+
+
+def sharing(folder, shape):
+    lines = ["| 8 clients, 3 rounds of 2 steps | seconds | peak memory of a rank, GB |", "|---|---|---|"]
+    for world_size in (1, 8):
+        inputs = folder / str(world_size)
+        inputs.mkdir()
+        flags = make_inputs(inputs, shape)
+        flags += f" --world_size {world_size} --num_clients 8 --local_steps 2 --num_rounds 3 --eval_rounds 100"
+        start = time.perf_counter()
+        main.main([*flags.split(), "--output_dir", str(inputs / "out")], target=shared_rank)
+        whole = time.perf_counter() - start
+        seconds, memory = json.loads((inputs / "out" / "shared_0.json").read_text())
+        lines.append(f"| {world_size} rank(s), {whole:.0f} s with the start | {seconds:.1f} | {memory:.1f} |")
+    return lines
+
+
+if __name__ == "__main__":
+    shape, parts = LLAMA_8B, sys.argv[1:]
+    if parts[:1] == ["tiny"]:
+        shape, parts = TINY, parts[1:]
+    more = {
+        "--lora_r 128": "--lora_r 128",
+        "--no-gradient_checkpointing": "--no-gradient_checkpointing",
+        "--packing": "--packing",
+        "--torch_compile": "--torch_compile",
+    }
+    lines = []
+    for part in parts or ["speed", "profile", "sharing"]:
+        with tempfile.TemporaryDirectory() as name:
+            if part == "speed":
+                lines += speed(Path(name), shape, more)
+            else:
+                lines += {"profile": where_the_time_goes, "sharing": sharing}[part](Path(name), shape)
+    print("\n".join(lines))  # behind what the runs have said
