@@ -52,7 +52,7 @@ HINTED_ERROR = 0.1  # from this aggregation error on, a run is told once what ca
 
 
 def load_model(args, device):
-    """Load the base model, in 4 bits (NF4, double quantization) unless told otherwise, and put a fresh LoRA on it.
+    """Load the base model, in 4 bits (NF4, double quantization) unless told otherwise, with a fresh LoRA.
 
     QLoRA, Dettmers et al. 2023 (arXiv:2305.14314). LoRA, Hu et al. 2021 (arXiv:2106.09685).
     """
@@ -70,6 +70,11 @@ def load_model(args, device):
     )
     if args.load_in_4bit:
         keep_4bit_layout(model)
+    return add_lora(args, model)
+
+
+def add_lora(args, model):
+    """Put a fresh LoRA on all linear layers of `model`, and freeze what --lora_variant does not train."""
     lora = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -537,6 +542,8 @@ class FederatedRounds(TrainerCallback):
         trainer._tr_loss.zero_()  # the trainer's running sum, left to us as the trainer logs nothing itself
         if self.private or not self.checked:
             mine["local_digest"] = digest(utils.flatten_parameters(self.lora))
+            rows = self.data.train[index * per_turn : (index + 1) * per_turn]["input_ids"]
+            mine["read"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         weight = self.data.num_train[client]
         if self.is_due(number, args.eval_rounds) and not self.private:
             self.kept.append((client, weight, utils.flatten_parameters(self.measured)))
@@ -814,8 +821,8 @@ class FederatedRounds(TrainerCallback):
         """Check that clients were apart before the averaging, and ranks equal after it; every rank takes part."""
         args, after = self.args, len(set(by_name("shared", ranks)))
         if not self.checked and all("local_digest" in client for client in clients):  # else it has just been resumed
-            before = len(set(by_name("local_digest", clients)))
-            apart = before == len(clients) or any(by_name("skipped", clients))
+            before, read = (len(set(by_name(name, clients))) for name in ("local_digest", "read"))
+            apart = before >= read or any(by_name("skipped", clients))  # clients that read the same may be equal
             text = f"{len(clients)} client(s) with {before} adapter(s) before the averaging, {after} after it"
             if args.aggregator == "none":
                 text = f"{len(clients)} client(s) with {before} adapter(s), and no averaging"

@@ -103,7 +103,7 @@ def print_header(args, data, shared, client_bytes, model_bytes):
 LAYER_SECONDS = {"cpu": (1.5e-3, 5.5e-3), "cuda": (0.5e-3, 2e-3)}  # measured on the CPU alone
 PASSES, UNPACKING = (4.5, 13), (1.2, 2.4)
 LOGITS_TILE = 32768  # logits of each answer token that TRL holds at a time, in float32
-LINK = {"gloo": 0.3e9, "nccl": 100e9}  # bytes per second that a rank sends and receives; measured for gloo
+LINK = {"gloo": 1.2e9, "nccl": 100e9}  # bytes per second that a rank sends and receives; measured for gloo
 
 
 def measure_speed(device, dtype, shape):
@@ -140,6 +140,13 @@ def count_parameters(config):
     return sum(linear), sum(p.numel() for p in model.parameters()) - sum(linear), max(linear)
 
 
+def saved_elements(config, r):
+    """Return how many elements a layer saves of each token for the backward pass, with LoRA of rank `r`."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    keys = hidden * config.num_key_value_heads // heads
+    return 6 * hidden + 2 * keys + 4 * config.intermediate_size + 7 * r + heads + 2
+
+
 def estimate(args, config, lengths, answer_lengths, num_held_out, speed):
     """Return what a run with these flags will need, as a dict in bytes and seconds.
 
@@ -149,11 +156,8 @@ def estimate(args, config, lengths, answer_lengths, num_held_out, speed):
     kind, (rate, per_element) = "cuda" if args.num_gpus else "cpu", speed
     width = 4 if kind == "cpu" and args.torch_dtype == "auto" or args.torch_dtype == "float32" else 2
     linear, others, largest = count_parameters(config)
-    lora, r, layers = utils.count_lora_parameters(config, args.lora_r), args.lora_r, config.num_hidden_layers
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    keys = hidden * config.num_key_value_heads // heads
-    saved = 6 * hidden + 2 * keys + 4 * config.intermediate_size + 7 * r + heads + 2  # a token in a layer
-
+    lora, layers = utils.count_lora_parameters(config, args.lora_r), config.num_hidden_layers
+    hidden, saved = config.hidden_size, saved_elements(config, args.lora_r)
     lengths, rng = np.asarray(lengths), np.random.default_rng(0)
 
     def batch_of(size):  # (tokens with padding, tokens that are learned)
@@ -193,7 +197,7 @@ def estimate(args, config, lengths, answer_lengths, num_held_out, speed):
     checkpoint = utils.checkpoint_bytes(args, lora)
     round_seconds = {
         "local": crowd * turns * args.local_steps * accumulation * seconds(batch, True),
-        "average": 2 * wire / LINK[args.backend] * (1 if args.num_gpus else crowd) + 20 * lora * per_element * crowd,
+        "average": crowd * (2 * (1 - 1 / args.world_size) * wire / LINK[args.backend] + 10 * lora * per_element),
         "eval": crowd * evaluated / (4 * batch) * seconds(4 * batch, False),
         "save": checkpoint / 3e8,
     }
@@ -224,7 +228,8 @@ def print_estimate(args, numbers, num_rows, lengths, speed):
     device = f"{min(args.num_gpus, args.world_size)} x {torch.cuda.get_device_name()}" if args.num_gpus else "CPU"
     kept, share = utils.KEPT_CHECKPOINTS + 1, numbers["share_of_evaluation"]
     lines = [
-        "dry run: estimates from sizes and from the speed of this machine; nothing is loaded, trained or written",
+        "dry run: estimates from sizes and from the speed of this machine; nothing is loaded, trained or written"
+        + ", and never compared with a GPU" * (args.num_gpus > 0),
         f"  model      {(linear + others) / 1e6:,.1f} M parameters, {linear / 1e6:,.1f} M of them in linear layers; "
         f"LoRA {lora / 1e6:.1f} M",
         f"  rows       {num_rows:,} of {np.mean(lengths):.0f} tokens; 95% have up to {np.quantile(lengths, 0.95):.0f}",

@@ -689,10 +689,10 @@ def exchange(updates, sizes, dtype="float32"):
     clients, weights, *scales = zip(*(each for part in everyone for each in part))
     values, weights = received.view(len(clients), mine).float(), torch.tensor(weights, dtype=torch.float64)
     if scales:
-        start = sum(sizes[: dist.get_rank()])
-        block = torch.arange(start, start + mine, device=values.device) // CODE_BLOCK
+        first, skip = divmod(sum(sizes[: dist.get_rank()]), CODE_BLOCK)  # where the shard begins
+        blocks = slice(first, first + (skip + mine) // CODE_BLOCK + 1)
         for value, scale in zip(values, scales[0]):
-            value *= scale.to(values.device)[block]
+            value *= scale[blocks].to(values.device).repeat_interleave(CODE_BLOCK)[skip : skip + mine]
     order = sorted(range(len(clients)), key=clients.__getitem__)
     if order != list(range(len(clients))):
         values, weights = values[order], weights[order]
@@ -712,18 +712,17 @@ def encode(vector, name):
     """
     kept_back, name = outbox["kept_back"].setdefault(outbox["client"], {}), f"{outbox['part']} {name}"
     vector = vector.reshape(-1).to(communication_device(), torch.float32)
-    if name in kept_back:
-        vector = vector + kept_back[name].to(vector.device)
+    vector = vector + kept_back[name].to(vector.device) if name in kept_back else vector.clone()
     if outbox["dtype"] == "bfloat16":
         codes = [vector.bfloat16()]
         rounded = codes[0].float()
     else:
         blocks = torch.nn.functional.pad(vector, (0, -len(vector) % CODE_BLOCK)).view(-1, CODE_BLOCK)
-        scales = blocks.abs().amax(dim=1).clamp_min(1e-30) / 127
-        whole = (blocks / scales[:, None]).round()
-        codes = [whole.to(torch.int8).view(-1)[: len(vector)], scales.cpu()]
-        rounded = (whole * scales[:, None]).view(-1)[: len(vector)]
-    kept_back[name] = (vector - rounded).cpu()
+        scales = torch.maximum(blocks.amax(dim=1), -blocks.amin(dim=1)).clamp_min_(1e-30) / 127
+        rounded = (blocks / scales[:, None]).round_()
+        codes = [rounded.to(torch.int8).view(-1)[: len(vector)], scales.cpu()]
+        rounded = rounded.mul_(scales[:, None]).view(-1)[: len(vector)]
+    kept_back[name] = vector.sub_(rounded).cpu()
     return codes
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_adapters
-from workers import gradients_rank, identical_rank, resume_rank
+from workers import gradients_rank, layouts_rank, resume_rank
 
 import federated
 import main
@@ -185,12 +185,12 @@ def test_terms_of_fedprox_and_scaffold(small_inputs, tmp_path):
 
 
 def test_scaffold_with_identical_clients_is_fedavg(small_inputs, sample_rows, tmp_path):
-    """Clients with one and the same row have the same gradients, and nothing to correct."""
+    """Clients with one and the same row have the same gradients, and nothing to correct; no self-check minds."""
     (tmp_path / "rows.jsonl").write_text(40 * (json.dumps(sample_rows[0]) + "\n"))
     flags = "--world_size 1 --num_clients 3 --num_rounds 3 --local_steps 2 --learning_rate 1e-2".split()
     flags += [*small_inputs[:2], "--dataset_path", str(tmp_path / "rows.jsonl")]
     cases = {"fedavg": "", "scaffold": "--scaffold"}
-    target = functools.partial(identical_rank, flags, cases)
+    target = functools.partial(layouts_rank, flags, cases)
     main.main([*flags, "--output_dir", str(tmp_path / "out")], target=target)
     fedavg, scaffold = (read_adapters(tmp_path / "out" / name) for name in cases)
     assert (fedavg - scaffold).norm() / fedavg.norm() <= 1e-6

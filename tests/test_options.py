@@ -12,6 +12,7 @@ from workers import layouts_rank
 
 import federated
 import main
+import report
 import utils
 
 # -----------------------------------------------------------------------------
@@ -187,7 +188,52 @@ def test_what_is_sent_in_the_long_run_is_what_was_meant(alone, aggregate):
 # --dry_run
 
 
-def test_dry_run(tmp_path):
-    process = run_main("--dry_run", "--output_dir", tmp_path / "out")
+def test_dry_run(tmp_path, hub):
+    """From a hub, without the weights; what is known exactly is that."""
+    address, asked = hub
+    before = len(asked)
+    flags = "--dry_run --num_clients 16 --num_rounds 40 --model_name org/tiny --average_dtype bfloat16".split()
+    process = run_main(*flags, "--output_dir", tmp_path / "out", HF_ENDPOINT=address, HF_HOME=str(tmp_path / "home"))
     assert process.returncode == 0, process.stderr
+    paths = [path for _, path, _ in asked[before:]]
     assert not (tmp_path / "out").exists()
+    assert any(path.endswith("config.json") for path in paths) and not any("safetensors" in path for path in paths)
+    output = " ".join(process.stdout.split())
+    assert "bytes 0.3 MB per client and round, as bfloat16" in output  # 163,840 parameters
+    assert "LoRA 0.2 M" in output and "rows 3,800 of 74 tokens" in output
+    assert "for 8 local steps x 4 rows" in output and "every 8 round(s)" in output and "run 40 rounds" in output
+
+
+def test_estimate_of_memory():
+    """What a layer saves for the backward pass, counted by torch, on models whose sizes differ one by one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def count(config):
+        args = main.parse_args(["--lora_r", "8", "--no-load_in_4bit"])
+        model = federated.add_lora(args, LlamaForCausalLM(config))
+        own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def pack(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() / 4
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kept = model.get_base_model().model(input_ids=torch.arange(1, 65)[None], use_cache=False)
+        assert kept is not None
+        return sum(size for pointer, size in saved.items() if pointer not in own) / 64
+
+    for hidden, inner, heads, keys in ((32, 96, 4, 4), (64, 96, 4, 4), (32, 128, 4, 4), (32, 96, 2, 1)):
+        sizes = {"hidden_size": hidden, "intermediate_size": inner, "vocab_size": 100}
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": keys}
+        two, four = (LlamaConfig(**sizes, num_hidden_layers=layers) for layers in (2, 4))
+        assert (count(four) - count(two)) / 2 == report.saved_elements(two, 8)
+
+
+def test_count_of_parameters():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
+    )
+    linear = 3 * (4 * 32 * 32 + 3 * 32 * 96)
+    assert report.count_parameters(config) == (linear, 2 * 100 * 32 + 7 * 32, 32 * 96)  # embeddings and norms

@@ -114,14 +114,6 @@ def run_case(folder, flags, rank, args, resume_from=None):
     federated.local_train(rank, case)
 
 
-def identical_rank(flags, cases, rank, args):
-    """As layouts_rank, for clients that are equal on purpose."""
-    import federated
-
-    federated.FederatedRounds.check_average = lambda *args: None
-    layouts_rank(flags, cases, rank, args)
-
-
 def resume_rank(flags, cases, rank, args):
     """Run every case to its end, and again from the checkpoint before its last round (half) and after it (end)."""
     for name, more in cases.items():

@@ -3,11 +3,13 @@
 The model has the shape of Llama-3.1-8B and random weights that are made on the GPU, so nothing is downloaded; sequences
 of 1024 tokens, 4 a step, bf16. Medians over 3 turns of 5 steps, behind one to warm up. `speed` prints tokens per
 second, model FLOP utilization (6 FLOPs less the 2 for gradients of weights that are frozen, against the matrix products
-of this GPU) and peak memory; `profile` where the time of a step goes; `sharing` 8 clients as one rank and as 8 ranks.
+of this GPU) and peak memory; `packing` the same for shorter rows;
+`profile` where the time of a step goes; `sharing` 8 clients as one rank and as 8 ranks.
 `tiny` in front runs the same with a model of two layers, on a CPU too, to see that it still works.
 """
 
 import functools
+import importlib.util
 import json
 import os
 import statistics
@@ -36,7 +38,7 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 STEPS, TURNS = 5, 3
 
 
-def make_inputs(folder, shape, num_rows=200, words=1100):
+def make_inputs(folder, shape, words=1100, num_rows=200):
     """Write the config, a tokenizer, a file that only names the layers, and rows of more than 1024 tokens."""
     import torch
     from safetensors.torch import save_file
@@ -97,66 +99,60 @@ def peak_memory():
     return training.memory("VmHWM")
 
 
-def speed_rank(own_flags, more, rank, args):
-    """Each kind in turn, TURNS times; writes {kind: [(seconds of a step, GB)]}."""
+def speed_rank(own_flags, kinds, turns, rank, args):
+    """Each kind in turn, `turns` times; writes {kind: [(tokens per second, GB)]}."""
     prepare(rank)
     import federated
 
-    data = federated.load_client_data(rank, args)
-    kinds = {
-        "plain TRL": None,
-        "naive loop": None,
-        "--local_steps 1": "",
-        "--local_steps 10": "--local_steps 10",
-    } | more
-    measured = {kind: [] for kind in kinds}
-    for turn in range(TURNS):
-        for kind, flags in kinds.items():
-            folder = f"{args.output_dir}/{turn}_{kind.replace(' ', '_')}"
+    data, measured = federated.load_client_data(rank, args), {kind: [] for kind in kinds}
+    per_step = args.per_device_train_batch_size
+    for turn in range(turns):
+        for kind in kinds:
+            folder, lengths = f"{args.output_dir}/{turn}_{kind.replace(' ', '_')}", data.lengths
             if kind == "naive loop":  # its defaults: fp16, and evaluating and saving at every step
-                half = {"fp16": True, "bf16": False} if args.num_gpus else {}
-                rows = data.global_held_out.select(range(8))
-                often = half | {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-                seconds = training.naive_loop(rank, args, data, folder, STEPS + 1, eval_dataset=rows, **often)[1:]
-            elif kind == "plain TRL":
-                trainer = training.plain_trainer(args, data, folder, max_steps=STEPS + 2)
-                training.clock(trainer, times := [])
-                trainer.train()
-                del trainer
-                seconds = [after - before for before, after in zip(times[1:], times[2:])]
+                settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+                settings |= {"fp16": True, "bf16": False} if args.num_gpus else {}
+                rows = data.rows.select(range(8))
+                rounds = training.naive_loop(rank, args, data, folder, STEPS + 1, eval_dataset=rows, **settings)
+                speed = sum(lengths[:per_step]) * STEPS / sum(rounds[1:])
             else:
-                case = main.parse_args([*own_flags, *flags.split()])
-                case.model_path, case.data_path, case.resume_from = args.model_path, args.data_path, None
-                times, _ = training.federated_run(rank, case, folder)
-                seconds = [after - before for before, after in zip(times[1:], times[2:])]
-            measured[kind].append((statistics.mean(seconds), peak_memory()))
+                if kind == "plain TRL":
+                    trainer = training.plain_trainer(args, data, folder, max_steps=STEPS + 2)
+                    training.clock(trainer, times := [])
+                    trainer.train()
+                    del trainer
+                else:
+                    case = main.parse_args([*own_flags, *kind.split()])
+                    case.model_path, case.data_path, case.resume_from = args.model_path, args.data_path, None
+                    times, lengths = training.federated_run(rank, case, folder)
+                speed = sum(lengths[per_step : (len(times) - 1) * per_step]) / (times[-1] - times[1])
+            measured[kind].append((speed, peak_memory()))
     Path(args.output_dir, "speed.json").write_text(json.dumps(measured))
 
 
-def speed(folder, shape, more):
+def speed(folder, shape, words, kinds):
     import torch
     from transformers import LlamaConfig
 
     import report
 
-    flags = make_inputs(folder, shape)
+    flags = make_inputs(folder, shape, words)
     flags += f" --world_size 1 --local_steps 1 --num_rounds {STEPS + 2} --eval_rounds 100 --save_rounds 100"
     flags = [*flags.split(), "--output_dir", str(folder / "out")]
-
-    target = functools.partial(speed_rank, flags, more)
-    main.main(flags, target=target)
+    main.main(flags, target=functools.partial(speed_rank, flags, kinds, TURNS))
     measured = json.loads((folder / "out" / "speed.json").read_text())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rate, _ = report.measure_speed(device, dtype, (8192, 8192) if device == "cuda" else (512, 512))
-    linear, others, _ = report.count_parameters(LlamaConfig(**shape))
-    lines = ["| | tokens/s | of plain TRL | model FLOP utilization | peak memory, GB |", "|---|---|---|---|---|"]
-    base = statistics.median(seconds for seconds, _ in measured["plain TRL"])
+    on_gpu = torch.cuda.is_available()
+    rate, _ = report.measure_speed(*(("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)), (8192, 8192))
+    linear, _, _ = report.count_parameters(LlamaConfig(**shape))
+    base = statistics.median(speed for speed, _ in measured["plain TRL"])
+    lines = [f"rows of {words} words; matrix products {rate / 1e12:.1f} TFLOP/s"]
+    lines += ["| | tokens/s | of plain TRL | model FLOP utilization | peak memory, GB |", "|---|---|---|---|---|"]
     for kind, turns in measured.items():
-        seconds, memory = (statistics.median(values) for values in zip(*turns))
-        utilization = 4 * linear * 4 * 1024 / seconds / rate
-        lines.append(f"| {kind} | {4096 / seconds:,.0f} | {base / seconds:.2f} | {utilization:.0%} | {memory:.1f} |")
-    return [f"matrix products: {rate / 1e12:.0f} TFLOP/s", *lines]
+        tokens, memory = (statistics.median(values) for values in zip(*turns))
+        lines.append(
+            f"| {kind} | {tokens:,.0f} | {tokens / base:.2f} | {4 * linear * tokens / rate:.0%} | {memory:.1f} |"
+        )
+    return lines
 
 
 def profile_rank(rank, args):
@@ -219,18 +215,18 @@ def sharing(folder, shape):
 if __name__ == "__main__":
     shape, parts = LLAMA_8B, sys.argv[1:]
     if parts[:1] == ["tiny"]:
-        shape, parts = TINY, parts[1:]
-    more = {
-        "--lora_r 128": "--lora_r 128",
-        "--no-gradient_checkpointing": "--no-gradient_checkpointing",
-        "--packing": "--packing",
-        "--torch_compile": "--torch_compile",
-    }
+        shape, parts, TURNS = TINY, parts[1:], 1
+    kinds = ["plain TRL", "naive loop", "--local_steps 1", "--local_steps 10", "--lora_r 128"]
+    kinds += ["--no-gradient_checkpointing", "--torch_compile", "--average_dtype int8"]
+    kinds += ["--attn_implementation flash_attention_2"] * bool(importlib.util.find_spec("flash_attn"))
+    kinds += ["--use_liger_kernel"] * bool(importlib.util.find_spec("liger_kernel"))
     lines = []
-    for part in parts or ["speed", "profile", "sharing"]:
+    for part in parts or ["speed", "packing", "profile", "sharing"]:
         with tempfile.TemporaryDirectory() as name:
             if part == "speed":
-                lines += speed(Path(name), shape, more)
+                lines += speed(Path(name), shape, 1100, kinds)
+            elif part == "packing":
+                lines += speed(Path(name), shape, 200, ["plain TRL", "--local_steps 1", "--packing"])
             else:
                 lines += {"profile": where_the_time_goes, "sharing": sharing}[part](Path(name), shape)
     print("\n".join(lines))  # behind what the runs have said

@@ -4,6 +4,7 @@ Medians of 5 of the embedded default, in turn; the imports of a rank alone besid
 together read of the model from the disk, after its file has been dropped from the cache of the system.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -16,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import main
+import utils
 
 
 def read_bytes():
@@ -23,10 +25,12 @@ def read_bytes():
     return int(line.split()[1])
 
 
-def first_step_rank(rank, args):
+def first_step_rank(questions, rank, args):
     """Writes down when the first step begins, and how much this rank has read from the disk until then."""
     before = read_bytes()
     import federated
+
+    utils.ANSWERED_ROWS = min(utils.ANSWERED_ROWS, questions)
 
     class TimedRounds(federated.FederatedRounds):
         def on_step_begin(self, *args, **kwargs):
@@ -39,7 +43,7 @@ def first_step_rank(rank, args):
     main.run_rank(rank, args)
 
 
-def first_step(world_size, *flags):
+def first_step(world_size, *flags, questions=utils.ANSWERED_ROWS):
     """Return (seconds until the slowest rank begins its first step, bytes that all have read)."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [
@@ -54,7 +58,7 @@ def first_step(world_size, *flags):
             *flags,
         ]
         start = time.time()
-        subprocess.run([sys.executable, __file__, "run", *flags], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, __file__, "run", str(questions), *flags], check=True, stdout=subprocess.DEVNULL)
         ranks = [json.loads(Path(folder, f"first_{rank}.json").read_text()) for rank in range(world_size)]
     return max(when for when, _ in ranks) - start, sum(size for _, size in ranks)
 
@@ -84,13 +88,13 @@ def reads(smollm2):
         file = os.open(Path(smollm2, "model.safetensors"), os.O_RDONLY)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
-        _, read = first_step(world_size, "--model_name", smollm2)
+        _, read = first_step(world_size, "--model_name", smollm2, questions=1)
         print(f"| {world_size} | {read / 1e6:.0f} | {read / size:.2f} |")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
-        main.main(sys.argv[2:], target=first_step_rank)
+        main.main(sys.argv[3:], target=functools.partial(first_step_rank, int(sys.argv[2])))
     else:
         compare()
         if len(sys.argv) > 1:

@@ -8,6 +8,7 @@
 Both sides of a pair run in turn in the same processes, medians over 5 pairs.
 """
 
+import functools
 import gc
 import json
 import os
@@ -139,17 +140,16 @@ def prepare(rank):
     warnings.filterwarnings("ignore")
 
 
-def speed_rank(rank, args):
-    """Plain and federated in turn; writes [(tokens per second, GB)] of either."""
+def speed_rank(kinds, pairs, rank, args):
+    """The kinds in turn; writes [(tokens per second, GB)] of each."""
     prepare(rank)
     import federated
 
-    data, measured = federated.load_client_data(rank, args), {"plain": [], "federated": []}
+    data, measured = federated.load_client_data(rank, args), {kind: [] for kind in kinds}
     per_step = args.per_device_train_batch_size
-    for pair in range(PAIRS):
+    for pair in range(pairs):
         for kind, results in measured.items():
             gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
             folder = f"{args.output_dir}/{kind}_{pair}"
             if kind == "plain":
                 times, lengths = [], data.train["length"]
@@ -165,23 +165,23 @@ def speed_rank(rank, args):
 
 
 def speed(smollm2):
-    with tempfile.TemporaryDirectory() as folder:
-        flags = "--world_size 2 --num_rounds 10 --local_steps 1 --eval_rounds 100 --save_rounds 100 --warmup_steps 0"
-        main.main([*flags.split(), "--model_name", smollm2, "--output_dir", folder], target=speed_rank)
-        ranks = [json.loads(Path(folder, f"speed_{rank}.json").read_text()) for rank in range(2)]
-    lines = [
-        "| rank | plain, tokens/s | federated, tokens/s | ratio (of pairs: least to most) | plain, GB | ours, GB |"
-    ]
-    lines.append("|---|---|---|---|---|---|")
-    for rank, measured in enumerate(ranks):
-        plain, ours = measured["plain"], measured["federated"]
-        speeds = [statistics.median(value for value, _ in part) for part in (plain, ours)]
-        memories = [statistics.median(value for _, value in part) for part in (plain, ours)]
-        ratios = sorted(b / a for (a, _), (b, _) in zip(plain, ours))
-        spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        lines.append(
-            f"| {rank} | {speeds[0]:.1f} | {speeds[1]:.1f} | {spread} | {memories[0]:.3f} | {memories[1]:.3f} |"
-        )
+    def measure(*kinds, pairs=PAIRS, rounds=10):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = f"--world_size 2 --num_rounds {rounds} --local_steps 1 --eval_rounds 100 --save_rounds 100"
+            flags = [*flags.split(), "--warmup_steps", "0", "--model_name", smollm2, "--output_dir", folder]
+            main.main(flags, target=functools.partial(speed_rank, kinds, pairs))
+            return [json.loads(Path(folder, f"speed_{rank}.json").read_text()) for rank in range(2)]
+
+    lines = ["| rank | plain, tokens/s | federated, tokens/s | ratio (of pairs: least to most) |", "|---|---|---|---|"]
+    for rank, measured in enumerate(measure("plain", "federated")):
+        plain, ours = ([value for value, _ in measured[kind]] for kind in ("plain", "federated"))
+        ratios = sorted(b / a for a, b in zip(plain, ours))
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        lines.append(f"| {rank} | {statistics.median(plain):.1f} | {statistics.median(ours):.1f} | {spread} |")
+    lines += ["| highest memory, GB | rank 0 | rank 1 |", "|---|---|---|"]  # each in processes of its own
+    for kind in ("plain", "federated"):
+        peaks = [measured[kind][0][1] for measured in measure(kind, pairs=1, rounds=6)]
+        lines.append(f"| {kind} | {peaks[0]:.3f} | {peaks[1]:.3f} |")
     return lines
 
 
