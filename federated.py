@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import trl.trainer.utils
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.utils.data import DataLoader
 from torchmetrics.text import SQuAD
 from tqdm import tqdm
@@ -70,6 +70,8 @@ def load_model(args, device):
     )
     if args.load_in_4bit:
         keep_4bit_layout(model)
+        if dtype == torch.float16:  # in which sums over many layers may overflow: all that is not in 4 bits in float32
+            prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return add_lora(args, model)
 
 
@@ -542,8 +544,9 @@ class FederatedRounds(TrainerCallback):
         trainer._tr_loss.zero_()  # the trainer's running sum, left to us as the trainer logs nothing itself
         if self.private or not self.checked:
             mine["local_digest"] = digest(utils.flatten_parameters(self.lora))
-            rows = self.data.train[index * per_turn : (index + 1) * per_turn]["input_ids"]
-            mine["read"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+            turn = slice(index * per_turn, (index + 1) * per_turn)
+            mine["read"] = hashlib.sha256(json.dumps(self.data.train[turn]["input_ids"]).encode()).hexdigest()
+            mine["rows"] = [] if args.packing else sorted(set(self.data.order[turn].tolist()))
         weight = self.data.num_train[client]
         if self.is_due(number, args.eval_rounds) and not self.private:
             self.kept.append((client, weight, utils.flatten_parameters(self.measured)))
@@ -583,6 +586,7 @@ class FederatedRounds(TrainerCallback):
         sent = utils.outbox["bytes"]
         norm = torch.linalg.vector_norm(average, dtype=torch.float64).item()
         if not math.isfinite(norm):  # the same average, so the same verdict on all ranks
+            self.written.result()
             advice = "lower --learning_rate or --server_lr"
             raise SystemExit(3, f"round {number}: the averaged update is not finite; {advice}")
         if args.scaffold:
@@ -644,6 +648,7 @@ class FederatedRounds(TrainerCallback):
         rejected = utils.find_bad_updates(norms)
         for client, problem in rejected.items():
             if self.args.on_bad_update == "fail":
+                self.written.result()
                 text = f"round {number}: the update of client {client} is {problem}; lower --learning_rate"
                 raise SystemExit(3, text)
             if self.rank == 0:
@@ -822,7 +827,9 @@ class FederatedRounds(TrainerCallback):
         args, after = self.args, len(set(by_name("shared", ranks)))
         if not self.checked and all("local_digest" in client for client in clients):  # else it has just been resumed
             before, read = (len(set(by_name(name, clients))) for name in ("local_digest", "read"))
-            apart = before >= read or any(by_name("skipped", clients))  # clients that read the same may be equal
+            rows = [row for client in clients for row in client["rows"]]
+            # clients may be equal where their rows are, but not where a row is two clients'
+            apart = (before >= read or any(by_name("skipped", clients))) and len(set(rows)) == len(rows)
             text = f"{len(clients)} client(s) with {before} adapter(s) before the averaging, {after} after it"
             if args.aggregator == "none":
                 text = f"{len(clients)} client(s) with {before} adapter(s), and no averaging"
@@ -887,8 +894,11 @@ def by_name(name, reports):
 
 
 def checksum(flat):
-    """Return the sum of a vector's bits: quick, and equal where vectors are."""
-    return flat.view(torch.int32).sum(dtype=torch.int64).item()
+    """Return a number that tells vectors apart, by their bits and where they are: quicker than sha256."""
+    total, places = 0, torch.arange(1, 2**20 + 1, device=flat.device)
+    for block in flat.view(torch.int32).split(len(places)):
+        total = (1000003 * total + (block * places[: len(block)]).sum().item()) % 2**61
+    return total
 
 
 def digest(flat):

@@ -222,8 +222,10 @@ def check_kernels(args):
     """Refuse what this machine cannot run."""
     if args.torch_dtype == "float16" and not args.num_gpus:
         fail("--torch_dtype float16 needs a GPU; leave it out")
-    if args.torch_compile and not shutil.which("cc"):
-        fail("--torch_compile needs a C compiler: apt install build-essential")
+    if args.torch_compile and not shutil.which("cc" if args.num_gpus else os.environ.get("CXX", "g++")):
+        fail("--torch_compile needs a compiler: apt install build-essential")
+    if args.attn_implementation == "flash_attention_2" and args.torch_dtype == "float32":
+        fail("--attn_implementation flash_attention_2 has no float32; leave out --torch_dtype")
     needed = {"--attn_implementation flash_attention_2": "flash_attn", "--use_liger_kernel": "liger_kernel"}
     wanted = [args.attn_implementation == "flash_attention_2", args.use_liger_kernel]
     for flag, module in itertools.compress(needed.items(), wanted):
@@ -487,8 +489,7 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
     splits = {"train": rows} | ({"held_out": held_out} if held_out else {})
     kept = {}  # the numbers of the rows that are left
     for name, split in splits.items():
-        if tokenizer.chat_template is None and split.features.get("prompt") != datasets.Value("string"):
-            fail(f"--model_name {args.model_name} has no chat template; name an instruct model, or use prompt texts")
+        check_template(args, tokenizer, split)
         tokens = split.map(
             utils.tokenize_row,
             fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length},
@@ -526,6 +527,11 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
     Path(folder, "data", "parts.json").write_text(json.dumps(split), encoding="utf-8")
     args.data_digest = utils.digest_of_rows(f"{folder}/data")
     return report.partition_record(args, parts, global_part, kept["train"], labels)
+
+
+def check_template(args, tokenizer, rows):
+    if tokenizer.chat_template is None and rows.features.get("prompt") != datasets.Value("string"):
+        fail(f"--model_name {args.model_name} has no chat template; name an instruct model, or use prompt texts")
 
 
 def deal_rows(args, num_rows, has_held_out, labels, names):
@@ -777,6 +783,9 @@ def dry_run(args):
     """Print what the run would need; neither loads the weights of the model, nor writes anything."""
     rows, held_out = find_rows(args)
     _, config, tokenizer = find_model(args, weights=False)
+    check_template(args, tokenizer, rows)
+    if not all(hasattr(config, name) for name in ("intermediate_size", "num_key_value_heads")):
+        fail(f"--model_name {args.model_name} is not built as LLaMA is")
     number = min(SAMPLED_ROWS, len(rows))
     sample = rows.select(np.random.default_rng(args.seed).choice(len(rows), number, replace=False)).map(
         utils.tokenize_row,

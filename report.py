@@ -72,11 +72,12 @@ def print_header(args, data, shared, client_bytes, model_bytes):
         device += ", shared by the ranks" if args.num_gpus < args.world_size else ""
     drawn = f", {args.clients_per_round} drawn for each round" if args.clients_per_round < args.num_clients else ""
     extras = [f"FedProx mu {args.prox_mu:g}"] * (args.prox_mu > 0) + ["SCAFFOLD"] * args.scaffold
+    megabytes = utils.CODE_BYTES[args.average_dtype] * shared / 1e6
     lines = [
         f"{args.model_name}, {'4-bit NF4' if args.load_in_4bit else 'not quantized'}, LoRA r={args.lora_r}",
         f"  clients    {len(rows)}{drawn}, {each} training rows each; {len(data.global_held_out)} global held-out rows",
         f"  rounds     {args.num_rounds} x {args.local_steps} local steps x {batch} rows",
-        f"  shared     {shared:,} LoRA parameters, {4 * shared / 1e6:.1f} MB per client and round, "
+        f"  shared     {shared:,} LoRA parameters, {megabytes:.1f} MB per client and round, "
         + ", ".join([args.aggregator, *[f"variant {args.lora_variant}"] * (args.lora_variant != "lora"), *extras]),
         f"  device     {device}, {args.backend}, {args.world_size} rank(s)",
     ]
@@ -178,7 +179,9 @@ def estimate(args, config, lengths, answer_lengths, num_held_out, speed):
     workers = args.num_gpus or len(os.sched_getaffinity(0))
     crowd = max(1, args.world_size / workers)  # ranks that share a GPU, or a core
     turns = -(-args.clients_per_round // args.world_size)
-    evaluated = min(num_held_out, utils.GLOBAL_EVAL_ROWS) / args.world_size + turns * utils.CLIENT_EVAL_ROWS
+    private = args.aggregator == "none" or args.lora_variant == "fedsa"  # then every client's model is evaluated
+    evaluated = min(num_held_out, utils.GLOBAL_EVAL_ROWS) * (turns if private else 1 / args.world_size)
+    evaluated += turns * utils.CLIENT_EVAL_ROWS
     words = utils.MAX_NEW_TOKENS * layers * LAYER_SECONDS[kind][0] + utils.MAX_NEW_TOKENS * args.load_in_4bit * (
         linear * UNPACKING[0] * per_element
     )  # of a batch of answers, one token after another
@@ -190,10 +193,11 @@ def estimate(args, config, lengths, answer_lengths, num_held_out, speed):
         "adapter": lora
         * (4 + 4 + 4 + utils.OPTIMIZER_BYTES.get(args.optim, 8)),  # with its gradient, and the round's start
         "activations": width * (tokens * (layers * kept + saved) + largest) + 8 * learned * LOGITS_TILE,
-        "averaging": 24 * lora,
+        "averaging": 24 * lora + 4 * lora * turns * (args.average_dtype != "float32"),
     }
-    sent = lora * {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / utils.CODE_BLOCK}[args.average_dtype]
-    wire = 8 * lora if args.average_dtype == "float32" else sent * turns
+    shared = 0 if args.aggregator == "none" else lora if args.lora_variant == "lora" else lora / 2  # A or B: about half
+    sent = shared * (utils.CODE_BYTES[args.average_dtype] + 4 * args.scaffold)
+    wire = 8 * shared if args.average_dtype == "float32" else sent * turns
     checkpoint = utils.checkpoint_bytes(args, lora)
     round_seconds = {
         "local": crowd * turns * args.local_steps * accumulation * seconds(batch, True),
@@ -208,6 +212,7 @@ def estimate(args, config, lengths, answer_lengths, num_held_out, speed):
         "parameters": (linear, others, lora),
         "memory": memory,
         "peak": memory["weights"] + memory["adapter"] + max(memory["activations"], memory["averaging"]),
+        "clients": utils.client_bytes(args) * lora * args.num_clients,
         "sent": sent,
         "checkpoint": checkpoint,
         "seconds": round_seconds,
@@ -236,6 +241,8 @@ def print_estimate(args, numbers, num_rows, lengths, speed):
         f"  device     {device}, {speed[0] / 1e9:,.0f} GFLOP/s, {args.world_size} rank(s), {args.backend}",
         f"  memory     {numbers['peak'] / 1e9:.2f} GB a rank beside the libraries: {memory} "
         "(of the last two the larger counts)",
+        f"  clients    {numbers['clients'] / 1e9:.2f} GB of host memory on all ranks together, for {args.num_clients} "
+        "between their turns",
         f"  round      {each['local']} for {args.local_steps} local steps x {batch} rows, {each['average']} to average",
         f"  bytes      {numbers['sent'] / 1e6:.1f} MB per client and round, as {args.average_dtype}",
         f"  evaluation {each['eval']}, every {args.eval_rounds} round(s); with the answers {share:.0%} of the run",

@@ -286,9 +286,13 @@ def count_lora_parameters(config, r):
 
 def checkpoint_bytes(args, parameters):
     """Return about how large a checkpoint is, with so many LoRA parameters."""
-    state = moment_bytes(args) + 4 * (args.lora_variant == "fedsa" or args.aggregator == "none") + 4 * args.scaffold
-    state += 4 * (args.average_dtype != "float32")
-    return parameters * (4 * args.world_size + state * args.num_clients + 16)  # adapters, clients, and the server's
+    return parameters * (4 * args.world_size + client_bytes(args) * args.num_clients + 16)  # adapters, and the server's
+
+
+def client_bytes(args):
+    """Return about how many bytes a client keeps between its turns, per LoRA parameter."""
+    private = args.lora_variant == "fedsa" or args.aggregator == "none"
+    return moment_bytes(args) + 4 * (private + args.scaffold + (args.average_dtype != "float32"))
 
 
 def moment_bytes(args):
@@ -646,6 +650,7 @@ AGGREGATORS = {
 # has kept back of each client's vectors, and how many bytes of vectors they have sent
 outbox = {"clients": 0, "sums": [], "updates": [], "gathered": 0, "dtype": "float32", "kept_back": {}, "bytes": 0}
 CODE_BLOCK = 1024  # numbers that share a scale in int8; shorter vectors are sent as they are
+CODE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / CODE_BLOCK}  # of a number that a client sends
 BAD_RATIO = 1000
 BLOCK = 2**16  # coordinates that are sorted at a time
 
