@@ -185,8 +185,8 @@ def test_what_is_sent_in_the_long_run_is_what_was_meant(alone, aggregate):
 
 
 def test_checksum_sees_values_and_places():
-    vector = torch.randn(2**20 + 5)
-    others = [vector.roll(1), vector.flip(0), vector.clone().index_fill_(0, torch.tensor(2**20 + 4), 0.0)]
+    vector = torch.randn(5000)
+    others = [vector.roll(1), vector.flip(0), vector.clone().index_fill_(0, torch.tensor(4999), 0.0)]
     assert federated.checksum(vector) == federated.checksum(vector.clone())
     assert len({federated.checksum(each) for each in [vector, *others]}) == 4
 
