@@ -22,7 +22,6 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import inspect
-import itertools
 import json
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -226,12 +225,13 @@ def check_kernels(args):
         fail("--torch_compile needs a compiler: apt install build-essential")
     if args.attn_implementation == "flash_attention_2" and args.torch_dtype == "float32":
         fail("--attn_implementation flash_attention_2 has no float32; leave out --torch_dtype")
-    needed = {"--attn_implementation flash_attention_2": "flash_attn", "--use_liger_kernel": "liger_kernel"}
-    wanted = [args.attn_implementation == "flash_attention_2", args.use_liger_kernel]
-    for flag, module in itertools.compress(needed.items(), wanted):
-        if not args.num_gpus:
+    for wanted, flag, module in (
+        (args.attn_implementation == "flash_attention_2", "--attn_implementation flash_attention_2", "flash_attn"),
+        (args.use_liger_kernel, "--use_liger_kernel", "liger_kernel"),
+    ):
+        if wanted and not args.num_gpus:
             fail(f"{flag} needs a GPU; leave it out")
-        if not importlib.util.find_spec(module):
+        if wanted and not importlib.util.find_spec(module):
             fail(f"{flag} is not installed: pip install {module.replace('_', '-')}")
 
 
@@ -490,14 +490,8 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
     kept = {}  # the numbers of the rows that are left
     for name, split in splits.items():
         check_template(args, tokenizer, split)
-        tokens = split.map(
-            utils.tokenize_row,
-            fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length},
-            remove_columns=split.column_names,
-            cache_file_name=f"{folder}/{name}.arrow",  # not beside the user's files
-            features=utils.TOKENIZED,
-            desc=f"tokenizing {name} rows",
-        )
+        aside = f"{folder}/{name}.arrow"  # not beside the user's files
+        tokens = tokenize(args, split, tokenizer, cache_file_name=aside, desc=f"tokenizing {name} rows")
         bad = {number: problem for number, problem in enumerate(tokens["problem"]) if problem}
         if bad:
             shown = ", ".join(f"row {number} ({problem})" for number, problem in list(bad.items())[:SHOWN_ROWS])
@@ -527,6 +521,16 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
     Path(folder, "data", "parts.json").write_text(json.dumps(split), encoding="utf-8")
     args.data_digest = utils.digest_of_rows(f"{folder}/data")
     return report.partition_record(args, parts, global_part, kept["train"], labels)
+
+
+def tokenize(args, rows, tokenizer, **more):
+    return rows.map(
+        utils.tokenize_row,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length},
+        remove_columns=rows.column_names,
+        features=utils.TOKENIZED,
+        **more,
+    )
 
 
 def check_template(args, tokenizer, rows):
@@ -787,13 +791,8 @@ def dry_run(args):
     if not all(hasattr(config, name) for name in ("intermediate_size", "num_key_value_heads")):
         fail(f"--model_name {args.model_name} is not built as LLaMA is")
     number = min(SAMPLED_ROWS, len(rows))
-    sample = rows.select(np.random.default_rng(args.seed).choice(len(rows), number, replace=False)).map(
-        utils.tokenize_row,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length},
-        remove_columns=rows.column_names,
-        features=utils.TOKENIZED,
-        keep_in_memory=True,
-    )
+    sample = rows.select(np.random.default_rng(args.seed).choice(len(rows), number, replace=False))
+    sample = tokenize(args, sample, tokenizer, keep_in_memory=True)
     sample = sample.filter(lambda row: row["answer_length"] > 0, keep_in_memory=True)
     if not len(sample):
         fail(f"--dataset_path {args.dataset_path}: no row that was looked at has an answer within --max_length")
