@@ -27,6 +27,7 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -53,7 +54,14 @@ AVERAGE_DTYPES = ["float32", "bfloat16", "int8"]
 PARTITIONS = ["iid", "dirichlet", "column", "quantity"]
 SERVER_FLAGS = "server_lr server_momentum server_beta2 server_tau clip_norm trim_fraction num_malicious".split()
 TRACKERS = ["none", "tensorboard", "wandb", "trackio", "mlflow"]
-MAX_CLIENTS = 1000
+MAX_CLIENTS, FINISHED = 1000, "finished"
+ARMS = {  # of --compare: name -> flags
+    "local": ["--aggregator", "none"],
+    "centralized": ["--aggregator", "none", "--centralized"],
+    **{name: ["--aggregator", name] for name in utils.AGGREGATORS if name != "none"},
+    **{name: ["--lora_variant", name] for name in utils.LORA_VARIANTS if name != "lora"},
+    "scaffold": ["--scaffold"],
+}
 PR_SET_PDEATHSIG = 1  # of the kernel's prctl.h
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 SAMPLED_ROWS = 1000  # are tokenized by --dry_run
@@ -74,10 +82,12 @@ ADVICE = {  # by a part of the message of an error in a rank
 }
 # for glibc: without it, a step on the CPU spends a tenth of its time on getting back pages that the last one has freed
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions".split()
-NOT_IN_CONFIG = ("hf_token", "overwrite", "resume", "dry_run")
+NOT_MATHEMATICS = """output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions
+generate_samples""".split()
+NOT_IN_CONFIG = """hf_token overwrite resume dry_run compare repeats arms ask context merge push_to_hub quiet
+command""".split()
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
-*.torn loss.png runs summary.json partition.json config.json""".split()  # --overwrite removes these, config.json last
+*.torn loss.png runs samples.json summary.json partition.json config.json""".split()  # --overwrite removes these
 
 # -----------------------------------------------------------------------------
 # flags
@@ -150,14 +160,27 @@ def parse_args(argv=None):
     add("--restarts", type=not_negative_int, default=0, help="after a failure, start again from the last checkpoint")
     add("--timeout", type=positive(float), default=30, help="minutes that a rank waits for the others")
     add("--backend", choices=["nccl", "gloo"], help="(default: nccl with a GPU for every rank, otherwise gloo)")
+    add("--quiet", action="store_true", help="say only what the run has come to")
+    add("--generate_samples", type=not_negative_int, default=0, help="held-out questions to show, with all answers")
+    add = parser.add_argument_group("comparing").add_argument
+    add("--compare", metavar="A,B,...", help=f'one run for each of: {", ".join(ARMS)}; "fedavg --local_steps 32"')
+    add("--repeats", type=positive(int), default=1, help="of --compare, with other seeds and other splits")
+    add("--centralized", action="store_true", help="one client trains on the rows of all, as many a step as they would")
+    add = parser.add_argument_group("the finished model in output_dir").add_argument
+    add("--ask", nargs="?", const="", metavar="QUESTION", help="answer it (without one: lines from the terminal)")
+    add("--context", default="", help="of --ask: the text that holds the answer")
+    add("--merge", action="store_true", help="write it as one 16-bit model, merged_model")
+    add("--push_to_hub", metavar="REPO", help="upload the adapter after the run; a new repository is private")
     parser.error = fail
     args = parser.parse_args(argv)
 
+    args.command, args.arms = None, find_arms(args.compare)
     args.hf_token = (args.hf_token or os.environ.get("HF_TOKEN", "")).strip() or None
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # the ranks have no use for it
         os.environ.pop(name, None)
     if args.hf_token and not re.fullmatch(r"[!-~]+", args.hf_token):
         fail("the token in --hf_token or HF_TOKEN has characters that no token has; copy it again")
+    args.command = describe_command(sys.argv[1:] if argv is None else argv, args.hf_token)
     args.model_name, args.dataset_path = map(absolute, (args.model_name, args.dataset_path))
     args.num_gpus = torch.cuda.device_count()
     args.learning_rate = args.learning_rate or (1e-2 if args.model_name == EMBEDDED_MODEL else 2e-4)
@@ -172,9 +195,30 @@ def parse_args(argv=None):
         fail("--partition column makes a client of each value in a column: name it with --partition_column")
     if args.partition != "column":  # which finds its clients in the data
         set_clients(args, args.num_clients or args.world_size)
+    if args.push_to_hub and (args.compare or args.aggregator == "none" or args.lora_variant == "fedsa"):
+        fail("--push_to_hub uploads one global model, and this run trains several; leave it out")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
     return args
+
+
+def describe_command(argv, token):
+    """Return the command for the model card: without the token, and of what is on this disk only the names."""
+    words = [Path(word).name if os.path.exists(word) else word.replace(token or "\0", "hf_...") for word in argv]
+    return shlex.join(["python", "main.py", *words])
+
+
+def find_arms(compare):
+    """Return {text: flags} of what --compare lists: names of ARMS, each perhaps with flags of its own behind it."""
+    arms = {}
+    for text in compare.split(",") if compare else []:
+        name, *flags = text.split() or [""]
+        if name not in ARMS:
+            fail(f"--compare: no run is named {name or 'nothing'}; choose from {', '.join(ARMS)}")
+        if " ".join([name, *flags]) in arms:
+            fail(f"--compare: {text.strip()} is listed twice")
+        arms[" ".join([name, *flags])] = [*ARMS[name], *flags]
+    return arms
 
 
 def set_clients(args, num_clients):
@@ -192,6 +236,10 @@ def set_clients(args, num_clients):
     if args.aggregator == "krum" and drawn < 2 * args.num_malicious + 3:
         needed = 2 * args.num_malicious + 3
         fail(f"--aggregator krum needs {needed} clients a round for --num_malicious {args.num_malicious}, not {drawn}")
+    args.num_parts = num_clients  # that the rows are dealt out into
+    if args.centralized:
+        args.gradient_accumulation_steps *= drawn
+        args.num_clients = args.clients_per_round = drawn = 1
     args.world_size = min(args.world_size, drawn)
     args.backend = args.backend or ("nccl" if args.num_gpus >= args.world_size else "gloo")
     if args.backend == "nccl" and args.num_gpus < args.world_size:
@@ -200,7 +248,11 @@ def set_clients(args, num_clients):
 
 def check_strategy(args):
     """Refuse what does not go together, and fill in the strategy's own settings."""
+    if args.centralized and args.aggregator == "fedavg":  # the mean of one
+        args.aggregator = "none"
     function, name, variant = utils.AGGREGATORS[args.aggregator], args.aggregator, args.lora_variant
+    if args.centralized and name != "none":
+        fail("--centralized trains one client, which has nobody to average with; leave out --aggregator")
     own = {name: value.default for name, value in inspect.signature(function).parameters.items()}
     for flag in SERVER_FLAGS:
         if getattr(args, flag) is None:
@@ -315,7 +367,10 @@ def check_output_dir(args):
 
 
 def find_checkpoint(args):
-    """Return the newest checkpoint of the run to resume that counts, None where a run starts from the beginning."""
+    """Return the newest checkpoint of the run to resume that counts, FINISHED where nothing is left to do.
+
+    None where a run starts from the beginning.
+    """
     if not args.resume:
         return None
     folder = Path(args.output_dir)
@@ -328,8 +383,7 @@ def find_checkpoint(args):
         fail(f"--resume: no checkpoint in {folder} is whole, see above; mend one, or start anew with --overwrite")
     last_round = utils.round_of(newest)
     if last_round == args.num_rounds and is_finished(folder):
-        print(f"nothing to do: the run in {folder} is finished")
-        raise SystemExit(0)
+        return FINISHED
     print(f"resuming {whereabouts(newest)} of {args.num_rounds}", flush=True)
     return newest
 
@@ -475,7 +529,7 @@ def find_rows(args):
         fail(f"--partition_column: the training rows have no column {args.partition_column}; found {found}")
     if args.partition == "column":
         set_clients(args, len(set(map(str, rows[args.partition_column]))))
-    needed, size = needed_rows(args.num_clients, bool(held_out)), args.num_clients
+    needed, size = needed_rows(args.num_parts, bool(held_out)), args.num_parts
     if len(rows) < needed:
         fail(f"--dataset_path {path}: {len(rows)} training rows, {size} clients need {needed}; lower --num_clients")
     return rows, held_out
@@ -507,7 +561,7 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
                 flush=True,
             )
         splits[name] = tokens.select(kept[name]).remove_columns(["problem", "truncated"])
-    if len(splits["train"]) < needed_rows(args.num_clients, bool(held_out)) or not all(map(len, splits.values())):
+    if len(splits["train"]) < needed_rows(args.num_parts, bool(held_out)) or not all(map(len, splits.values())):
         left = len(splits["train"])
         fail(f"--max_length {args.max_length} cuts off too many answers: {left} training rows are left; raise it")
     datasets.disable_progress_bars()
@@ -517,7 +571,12 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
     names = sorted(set(labels)) if args.partition == "column" else None  # of the clients
     labels = labels and [labels[i] for i in kept["train"]]
     parts, global_part = deal_rows(args, len(splits["train"]), bool(held_out), labels, names)
-    split = {"clients": [part.tolist() for part in parts], "held_out": global_part.tolist()}
+    sizes = [max(1, min(utils.CLIENT_EVAL_ROWS, len(part) // 10)) for part in parts]
+    held_out = [part[:size].tolist() for part, size in zip(parts, sizes)]
+    trained = [part[size:].tolist() for part, size in zip(parts, sizes)]
+    if args.centralized:
+        trained = [sum(trained, [])]
+    split = {"train": trained, "held_out": held_out, "global": global_part.tolist()}
     Path(folder, "data", "parts.json").write_text(json.dumps(split), encoding="utf-8")
     args.data_digest = utils.digest_of_rows(f"{folder}/data")
     return report.partition_record(args, parts, global_part, kept["train"], labels)
@@ -543,10 +602,10 @@ def deal_rows(args, num_rows, has_held_out, labels, names):
 
     `labels` are the values of --partition_column, one per row, or None; `names` those of which each is a client.
     """
-    parts = utils.split_evenly(num_rows, args.num_clients + (not has_held_out), args.seed)
+    parts = utils.split_evenly(num_rows, args.num_parts + (not has_held_out), args.seed)
     global_part = np.array([], dtype=int) if has_held_out else parts.pop()
     parts = utils.partition_rows(
-        np.concatenate(parts), args.num_clients, args.partition, labels, args.dirichlet_alpha, args.seed
+        np.concatenate(parts), args.num_parts, args.partition, labels, args.dirichlet_alpha, args.seed
     )
     ways = {
         "dirichlet": "raise --dirichlet_alpha, lower --num_clients, or try another --seed",
@@ -766,14 +825,17 @@ def main(argv=None, target=run_rank):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # of names and labels, whatever the locale
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it reports of a broken file is in our one line
-    args = parse_args(argv)
-    if argv is None:
-        del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
+    args, argv = parse_args(argv), sys.argv[1:] if argv is None else argv
+    del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if args.dry_run:
         return dry_run(args)
+    if args.ask is not None or args.merge:
+        return use(args)
     try:
+        if args.compare:
+            return compare(args, argv, target)
         with locked_output_dir(Path(args.output_dir)):
             run(args, target)
     except OSError as error:
@@ -805,13 +867,101 @@ def dry_run(args):
     report.print_estimate(args, numbers, len(rows), sample["length"], speed)
 
 
+def compare(args, argv, target):
+    """Run each of --compare, again for each of --repeats, on the same split, seed and rows, and make a table of them.
+
+    A run is in a folder of its own, as any other. One that ends by itself (exit code 3) has no figures, and the others
+    go on.
+    """
+    folder, runs = Path(args.output_dir), []
+    for repeat in range(args.repeats):
+        for text, flags in args.arms.items():
+            place = folder / "comparison" / f"{re.sub('[^A-Za-z0-9.]+', '_', text)}_seed_{args.seed + repeat}"
+            own = ["--compare", "", "--seed", str(args.seed + repeat), "--output_dir", str(place)]
+            each = parse_args([*argv, *flags, *own])  # which ends here if flags do not go together
+            each.hf_token = args.hf_token
+            started = (place / "config.json").exists()
+            if started and not args.resume and not args.overwrite:
+                fail(f"{folder} already holds a comparison: --resume goes on with it, --overwrite removes it")
+            each.resume = args.resume and started
+            runs.append((text, place, each))
+    if args.overwrite:  # else an earlier one that was longer would be mixed with this one
+        shutil.rmtree(folder / "comparison", ignore_errors=True)
+    rows = []
+    for number, (text, place, each) in enumerate(runs, start=1):
+        print(f"\ncomparison {number}/{len(runs)}: {text}, seed {each.seed}", flush=True)
+        try:
+            with locked_output_dir(place):
+                run(each, target)
+            rows.append(report.comparison_row(text, place))
+        except SystemExit as error:
+            if error.code != 3:
+                raise
+            rows.append(None)
+    comparison = report.compare_rows(list(args.arms), [*zip(*[iter(rows)] * len(args.arms))])
+    tables = report.comparison_tables(comparison)
+    utils.write_aside(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
+    utils.write_aside(folder / "comparison.md", tables)
+    report.plot_comparison(comparison, folder / "comparison.png")
+    print(f"\n{tables}\n{folder}/comparison.json, .md and .png", flush=True)
+    if None in rows:
+        raise SystemExit(3)
+
+
+def use(args):
+    """--ask the finished model in output_dir, or --merge it into its base."""
+    folder = Path(args.output_dir)
+    if (folder / utils.GLOBAL_MODEL).is_dir():
+        folder = folder / utils.GLOBAL_MODEL
+    if not (folder / "adapter_config.json").is_file():
+        several = sorted(folder.glob(f"{utils.CLIENT_MODELS}/*/"))
+        advice = f"its clients have models of their own: name one, as in --output_dir {several[0]}" if several else ""
+        fail(f"--output_dir {args.output_dir} holds no finished model; {advice or 'name the output_dir of a run'}")
+    for config in (parent / "config.json" for parent in folder.parents[:2]):  # of the run
+        if config.is_file():
+            args.load_in_4bit = json.loads(config.read_text(encoding="utf-8")).get("load_in_4bit", args.load_in_4bit)
+    if args.model_name == EMBEDDED_MODEL:  # it was not given
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        args.model_name = absolute(base)
+    args.model_path, _, tokenizer = find_model(args)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if args.merge:
+        merged = folder.with_name("merged_model")
+        if merged.exists() and not args.overwrite:
+            fail(f"{merged} is there already; --overwrite writes over it")
+    import federated
+
+    if args.merge:
+        federated.merge(args, folder, tokenizer, merged)
+        print(f"merged into {merged}", flush=True)
+    if args.ask is not None:
+        model = federated.load_finished(args, folder)
+        for question in [args.ask] if args.ask else read_questions():
+            print(federated.answer_question(model, tokenizer, question, args.context), flush=True)
+
+
+def read_questions():
+    """Yield lines from the terminal, or from a file or pipe, up to its end."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    with contextlib.suppress(EOFError):
+        while True:
+            if question := input(prompt).strip():
+                yield question
+
+
 def run(args, target):
     """Check and prepare all that the ranks need, and run them."""
     check_output_dir(args)
+    token = args.hf_token
+    if args.push_to_hub:
+        args.push_to_hub = make_repository(args.push_to_hub, token)
     if not args.num_gpus:
         start_imports()
     rows, held_out = find_rows(args)
     resume_from = find_checkpoint(args)
+    if resume_from == FINISHED:
+        print(f"nothing to do: the run in {args.output_dir} is finished")
+        return push(args, token)
     model_path, config, tokenizer = find_model(args)
     for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
         shutil.rmtree(left)
@@ -819,11 +969,39 @@ def run(args, target):
         partition = prepare_data(args, rows, held_out, tokenizer, folder)
         check_space(args, config)
         open_output_dir(args, resume_from, partition)
-        print(report.partition_table(partition), flush=True)
+        if not args.quiet:
+            print(report.partition_table(partition), flush=True)
         args.hf_token = None  # the ranks read from this disk only
         args.model_path, args.resume_from = model_path, resume_from
         args.data_path = f"{folder}/data"
         run_to_the_end(target, args)
+    push(args, token)
+
+
+def make_repository(name, token):
+    """Make the repository of --push_to_hub where there is none; returns its full name."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi(token=token).create_repo(name, private=True, exist_ok=True).repo_id
+    except Exception as error:  # of the dozen kinds that the hub's client has, every one ends the run
+        fail(f"--push_to_hub {name}: set HF_TOKEN to a token that may write there ({first_line(error)})")
+
+
+def push(args, token):
+    """Upload the finished adapter, if that was asked for."""
+    from huggingface_hub import HfApi
+
+    if not args.push_to_hub:
+        return
+    folder = Path(args.output_dir, utils.GLOBAL_MODEL)
+    try:
+        address = HfApi(token=token).upload_folder(repo_id=args.push_to_hub, folder_path=folder)
+    except Exception as error:
+        again = f"--resume --push_to_hub {args.push_to_hub} tries again"
+        print(f"main.py: {folder} was not uploaded ({first_line(error)}); {again}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(f"uploaded: {address}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """What a run tells people: header, table of the split, a line per round, figure, model card and summary."""
 
 import collections
+import itertools
+import json
 import os
 import time
 from pathlib import Path
+from statistics import stdev
 
 import numpy as np
 import torch
@@ -12,6 +15,21 @@ import utils
 
 SECONDS = ("local", "average", "eval", "save")  # of a round, in rounds.jsonl
 SHOWN_CLIENTS, SHOWN_LABELS = 24, 8  # lines and columns of the table of the split; partition.json has all
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito 2008: told apart by everybody; on white and black
+# Student's t for a two-sided 95% interval of the mean, by degrees of freedom from 1; of more, the last one is too wide
+STUDENT_T = """12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120 2.110
+2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045""".split()
+COLUMNS = {  # of the table of a comparison: heading, what of a row, how
+    "held-out loss": ("eval_loss", "{:.3f}"),
+    "exact match": ("exact_match", "{:.1f}%"),
+    "F1": ("f1", "{:.1f}%"),
+    "worst client": ("worst_client", "{:.1f}%"),
+    "on own rows": ("own_exact_match", "{:.1f}%"),
+    "worst on own": ("own_worst_client", "{:.1f}%"),
+    "tokens": ("tokens", "{:,.0f}"),
+    "MB sent": ("bytes", "{:,.1f}"),
+    "seconds": ("seconds", "{:,.0f}"),
+}
 
 # -----------------------------------------------------------------------------
 # before training
@@ -277,32 +295,44 @@ def round_line(args, entry):
 # after training
 
 
-def plot_losses(output_dir):
-    """Draw `loss.png`: the loss of every client in training, and the global held-out loss, over the rounds."""
+def new_axes(size):
+    """Return the axes of a figure that can be read on light and on dark pages: no background, grey text."""
     from matplotlib.figure import Figure  # half a second that only one process has to pay
 
+    axes = Figure(figsize=size, layout="constrained", dpi=150).subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY)
+    axes.xaxis.label.set_color(GREY)
+    axes.yaxis.label.set_color(GREY)
+    return axes
+
+
+def plot_losses(output_dir):
+    """Draw `loss.png`: the loss of every client in training, and the global held-out loss, over the rounds."""
     rounds = utils.read_rounds(output_dir)
-    axes = Figure(figsize=(7, 4), layout="constrained", dpi=150).subplots()
+    axes = new_axes((7, 4))
     for path in sorted(Path(output_dir).glob("client_*_train_loss.json")):
         losses = [float("nan") if loss is None else loss for loss in utils.read_losses(path)]
         client = int(path.name.split("_")[1])
         played = [entry["round"] for entry in rounds if client in entry["clients"]]
-        axes.plot(*zip(*zip(played, losses)), ".-", markersize=2, color="0.75", linewidth=0.8)
-    axes.plot([], [], color="0.75", label="clients, training")
-    for name, style, color, label in (
-        ("train_loss", "-", "#0072B2", "mean of the clients, training"),
-        ("eval_loss", "o-", "#D55E00", "global, held out"),
+        axes.plot(*zip(*zip(played, losses)), ".-", markersize=2, color=GREY, alpha=0.5, linewidth=0.7)
+    axes.text(1, 0.96, "each client, training", color=GREY, ha="right", transform=axes.transAxes)
+    for name, style, color, height, label in (
+        ("train_loss", "-", BLUE, 0.89, "mean of the clients, training"),
+        ("eval_loss", "o-", ORANGE, 0.82, "global model, held out"),
     ):
         points = [(entry["round"], entry[name]) for entry in rounds if entry[name] is not None]
-        axes.plot(*zip(*(points or [(0, float("nan"))])), style, color=color, label=label)
+        if points:
+            axes.plot(*zip(*points), style, color=color)
+            label += f": {points[-1][1]:.3f}"
+        axes.text(1, height, label, color=color, ha="right", weight="bold", transform=axes.transAxes)
     axes.set(xlabel="round", ylabel="loss (nats per answer token)", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    axes.figure.savefig(Path(output_dir, "loss.png"))
+    axes.figure.savefig(Path(output_dir, "loss.png"), transparent=True)
 
 
-def summarize(args, data, scores, num_questions):
+def summarize(args, data, scores, clients, num_questions):
     """Return what `summary.json` holds: the run in one object."""
     rounds = utils.read_rounds(args.output_dir)
     evaluated = [entry["eval_loss"] for entry in rounds if entry["eval_loss"] is not None] or [None]  # a log was torn
@@ -316,14 +346,19 @@ def summarize(args, data, scores, num_questions):
         "exact_match": {when: scores[when]["exact_match"] for when in scores},
         "f1": {when: scores[when]["f1"] for when in scores},
         "answered": num_questions,
+        "per_client": clients,  # those of the last round, on their own held-out rows
         "rejected": sum(len(entry["rejected"]) for entry in rounds),
+        "bytes": sum(entry["bytes"] for entry in rounds),
         "bytes_per_round": max((entry["bytes"] for entry in rounds), default=0),
         "peak_memory_gb": max((entry["peak_memory_gb"] for entry in rounds), default=0),
     }
 
 
-def print_summary(args, summary, target):
+def print_summary(args, summary, samples, target):
     """Print what the run has come to, and how to use it; `target` is the folder of the model or models."""
+    for sample in samples:
+        print(f"question  {sample['question']}\n  accepted  {' | '.join(sample['accepted'])}")
+        print(f"  before    {sample['before']}\n  after     {sample['after']}")
     evaluated = [entry for entry in utils.read_rounds(args.output_dir) if entry["eval_loss"] is not None]
     if evaluated:
         first, last = (f"{entry['eval_loss']:.4f} (round {entry['round']})" for entry in (evaluated[0], evaluated[-1]))
@@ -331,40 +366,230 @@ def print_summary(args, summary, target):
     for name in ("exact_match", "f1"):
         before, after = summary[name]["before"], summary[name]["after"]
         print(f"{name.replace('_', ' '):13}  {before:.1f}% -> {after:.1f}% on {summary['answered']} held-out questions")
-    base = f'AutoModelForCausalLM.from_pretrained("{args.model_name}")'
+    own = [each["exact_match"] for each in summary["per_client"]]
+    if len(own) > 1:
+        worst = min(summary["per_client"], key=lambda each: each["exact_match"])
+        print(
+            f"on own rows    {sum(own) / len(own):.1f}% exact match, the mean of {len(own)} clients; "
+            f"the worst, client {worst['client']}, {worst['exact_match']:.1f}%"
+        )
     one = target / "client_N" if target.name == utils.CLIENT_MODELS else target
-    print(f'use it: PeftModel.from_pretrained({base}, "{one}")', flush=True)
+    print(f'use it: python main.py --output_dir {one} --ask "..." --context "..."', flush=True)
+
+
+# -----------------------------------------------------------------------------
+# --compare
+
+
+def comparison_row(name, folder):
+    """Return what a run has to say in a comparison, from the summary that it has left in `folder`.
+
+    Percent, on the global questions; where clients have models of their own, `exact_match` and `f1` are the means over
+    these, and `worst_client` is the worst of them. `own_...` is on each client's own held-out rows.
+    """
+    summary = json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))
+    clients, exact_match = summary["per_client"], summary["exact_match"]["after"]
+    own = [each["exact_match"] for each in clients]
+    return {
+        "name": name,
+        "eval_loss": summary["eval_loss"]["last"],
+        "exact_match": exact_match,
+        "f1": summary["f1"]["after"],
+        "worst_client": min(each["global"]["exact_match"] if "global" in each else exact_match for each in clients),
+        "own_exact_match": sum(own) / len(own),
+        "own_worst_client": min(own),
+        "tokens": summary["tokens"],
+        "bytes": summary["bytes"],
+        "seconds": summary["seconds"]["local"] + summary["seconds"]["average"],
+        "clients": clients,
+    }
+
+
+def compare_rows(names, repeats):
+    """Return what `comparison.json` holds, of one list of rows (or None) for each repeat, in the order of `names`.
+
+    Rows are means over the repeats that have ended well. With several, `differences` holds for each two of them the
+    mean of the paired differences with its 95% interval (Student's t), which is unresolved where it holds 0.
+    """
+    rows, differences = [], []
+    for name, runs in zip(names, zip(*repeats)):
+        ended = [run for run in runs if run]
+        row = {"name": name} | {key: mean([run[key] for run in ended]) for key, _ in COLUMNS.values()}
+        rows.append(row | {"failed": len(runs) - len(ended), "runs": ended})
+    for (a, one), (b, other) in itertools.combinations(zip(names, zip(*repeats)), 2):
+        for key in ("exact_match", "eval_loss"):
+            pairs = [x[key] - y[key] for x, y in zip(one, other) if x and y and None not in (x[key], y[key])]
+            if len(pairs) > 1:
+                half = float(STUDENT_T[min(len(pairs) - 1, len(STUDENT_T)) - 1]) * stdev(pairs) / len(pairs) ** 0.5
+                low, high = mean(pairs) - half, mean(pairs) + half
+                difference = {"a": a, "b": b, "of": key, "mean": mean(pairs), "low": low, "high": high}
+                differences.append(difference | {"unresolved": low <= 0 <= high})
+    return {"repeats": len(repeats), "rows": rows} | ({"differences": differences} if len(repeats) > 1 else {})
+
+
+def mean(values):
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def align(lines):
+    """Return a table in Markdown that can be read as it is."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [
+        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))] for line in lines
+    ]
+    lines.insert(1, ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def comparison_tables(comparison):
+    """Return the text of `comparison.md`."""
+    lines = [["", *COLUMNS]]
+    for row in comparison["rows"]:
+        scale = {"bytes": 1e-6}
+        cells = [
+            "-" if row[key] is None else form.format(row[key] * scale.get(key, 1)) for key, form in COLUMNS.values()
+        ]
+        failed = f" ({row['failed']} of {comparison['repeats']} diverged)" if row["failed"] else ""
+        lines.append([row["name"] + failed, *cells])
+    tables = [align(lines)]
+    own = {}  # client -> name of the row -> exact match in its runs
+    for row in comparison["rows"]:
+        for client in (client for run in row["runs"] for client in run["clients"]):
+            own.setdefault(client["client"], {}).setdefault(row["name"], []).append(client["exact_match"])
+    if len(own) <= SHOWN_CLIENTS:
+        names = [row["name"] for row in comparison["rows"]]
+        lines = [["exact match on own rows", *names]]
+        for client, scores in sorted(own.items()):
+            cells = [f"{mean(scores[name]):.1f}%" if name in scores else "-" for name in names]
+            lines.append([f"client {client}", *cells])
+        tables.append(align(lines))
+    if "differences" in comparison:
+        lines = [["difference", "of", "mean", "95% interval", ""]]
+        for each in comparison["differences"]:
+            form, name = ("{:+.1f}", "exact match") if each["of"] == "exact_match" else ("{:+.3f}", "held-out loss")
+            interval = " to ".join(form.format(each[end]) for end in ("low", "high"))
+            verdict = "unresolved" if each["unresolved"] else ""
+            lines.append([f"{each['a']} - {each['b']}", name, form.format(each["mean"]), interval, verdict])
+        tables.append(align(lines))
+    else:
+        tables.append(
+            "One seed and one split: another split can change the order. --repeats 5 says which differences are larger."
+        )
+    return "\n\n".join(tables) + "\n"
+
+
+def plot_comparison(comparison, path):
+    """Draw `comparison.png`: exact match on the global questions, and of each client on its own rows."""
+    rows = [row for row in comparison["rows"] if row["exact_match"] is not None]
+    axes = new_axes((7, 1 + 0.5 * len(rows)))
+    for height, row in enumerate(reversed(rows)):
+        own = [client["exact_match"] for run in row["runs"] for client in run["clients"]]
+        repeats = [run["exact_match"] for run in row["runs"]]
+        axes.plot(own, [height] * len(own), "|", color=GREY, markersize=9, alpha=0.7)
+        axes.plot([min(repeats), max(repeats)], [height] * 2, color=ORANGE, linewidth=3, solid_capstyle="round")
+        axes.plot(row["exact_match"], height, "o", color=ORANGE, markersize=9)
+        label = f"{row['exact_match']:.1f}%"
+        axes.annotate(
+            label, (row["exact_match"], height), (0, 8), textcoords="offset points", color=ORANGE, ha="center"
+        )
+    axes.set(xlim=(-2, 102), ylim=(-0.6, len(rows) - 0.3), yticks=range(len(rows)))
+    axes.set_yticklabels([row["name"] for row in reversed(rows)])
+    axes.set_xlabel("exact match, percent:  ● all questions    | each client's own")
+    axes.figure.savefig(path, transparent=True)
+
+
+# -----------------------------------------------------------------------------
+# the model card
 
 
 def model_card(args, summary):
-    """Return the card of the adapter: what it was made from, how, and how well it does."""
-    exact, f1 = summary["exact_match"], summary["f1"]
+    """Return the card of the adapter: what it was made from, how, how well it does, its limits, and how to use it."""
+    local = Path(args.model_name).is_absolute()
+    base = Path(args.model_name).name if local else args.model_name
+    exact, f1, clients = summary["exact_match"], summary["f1"], summary["per_client"]
     first, last = (f"{loss:.4f}" if loss is not None else "unknown" for loss in summary["eval_loss"].values())
+    rows, own = summary["rows"], [each["exact_match"] for each in clients]
+    versions = json.loads(Path(args.output_dir, "config.json").read_text(encoding="utf-8"))["versions"]
+    split = args.partition + (f" by {args.partition_column}" if args.partition_column else "")
+    split += f", alpha {args.dirichlet_alpha:g}" if args.partition == "dirichlet" else ""
+    drawn = f", {args.clients_per_round} drawn for each round" if args.clients_per_round < args.num_clients else ""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    extras = [args.lora_variant] * (args.lora_variant != "lora") + [f"FedProx mu {args.prox_mu:g}"] * (args.prox_mu > 0)
+    extras = ", ".join([f"`{args.aggregator}`", *extras, *["SCAFFOLD"] * args.scaffold])
+    precision = "4-bit NF4" if args.load_in_4bit else "not quantized"
     return f"""---
-base_model: {args.model_name}
+{"" if local else f"base_model: {base}"}
 library_name: peft
 pipeline_tag: text-generation
 tags: [lora, federated-learning]
 ---
 
-# LoRA adapter, fine-tuned in federation
+# {base}, fine-tuned in federation
 
-{summary["clients"]} clients with {min(summary["rows"])} to {max(summary["rows"])} training rows,
-{summary["rounds"]} rounds of {args.local_steps} local steps, averaged by `{args.aggregator}`.
-The clients were simulated on machines of one owner, so this says nothing about privacy.
+A LoRA adapter (rank {args.lora_r}, alpha {args.lora_alpha:g}, on all linear layers) for
+{f"`{base}`, a model in a folder of whoever trained this" if local else f"[{base}](https://huggingface.co/{base})"}.
+
+| | |
+|---|---|
+| clients | {summary["clients"]}{drawn}; {min(rows)} to {max(rows)} training rows each, {sum(rows)} in all |
+| split | {split} |
+| rounds | {summary["rounds"]} of {args.local_steps} local steps of {batch} rows |
+| averaging | {extras} |
+| base weights | {precision} |
+| learning rate | {args.learning_rate:g}, {args.lr_scheduler_type} |
+| tokens trained on | {summary["tokens"]:,} |
+| command | `{args.command}` |
+| versions | {", ".join(f"{name} {version}" for name, version in versions.items())} |
 
 | {summary["answered"]} held-out questions | before | after |
 |---|---|---|
 | exact match | {exact["before"]:.1f}% | {exact["after"]:.1f}% |
 | F1 | {f1["before"]:.1f}% | {f1["after"]:.1f}% |
 
-Held-out loss {first} at the first evaluated round, {last} at the last.
+Held-out loss {first} nats per answer token at the first evaluated round, {last} at the last. On the clients' own
+held-out rows: exact match {sum(own) / len(own):.1f}% as the mean of {len(own)} clients, {min(own):.1f}% for the worst.
+
+## Limits
+
+The clients were simulated on machines of one owner, so this says nothing about privacy: nothing was encrypted, no noise
+was added, and an adapter can learn rows by heart. It was trained to copy short answers from a text or to continue
+conversations like those in its data; it was not tested for anything else, nor for safety. One run, one seed.
+
+## Use
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{args.model_name}"), "THIS FOLDER")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```
+
+Questions about a text were asked with this system message, and the question as the user's:
+
+```text
+{utils.INSTRUCTION}
+
+THE TEXT
+```
+
+Serve it with [vLLM](https://docs.vllm.ai), beside its base model:
+
+```bash
+vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(args.lora_r)} --lora-modules federated="THIS FOLDER"
+```
+
+As one 16-bit model, by the program that trained it, and as GGUF, by [llama.cpp](https://github.com/ggml-org/llama.cpp)
+(the second needs the first; the adapter alone is converted by `convert_lora_to_gguf.py`):
+
+```bash
+python main.py --output_dir OUTPUT_DIR --merge
+python convert_hf_to_gguf.py OUTPUT_DIR/merged_model --outfile model.gguf
+```
 """
+
+
+def vllm_rank(r):
+    """Return the least rank that vLLM can be told to expect."""
+    return next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= r), r)

@@ -34,6 +34,7 @@ TOKENIZED = Features(
     length=Value("int64"),
     answer_length=Value("int64"),
     truncated=Value("bool"),
+    question=Value("string"),
     references=List(Value("string")),
     problem=Value("string"),
 )
@@ -145,10 +146,11 @@ def tokenize_row(row, tokenizer, max_length):
 
     `row` is SQuAD, `messages` (the last message is the answer) or `prompt`/`completion` (texts or message lists).
     Returns `input_ids` and `labels` of at most `max_length` tokens, `length` and `answer_length` (tokens kept of the
-    row and of its answer), `truncated` (bool), `references` (the accepted answers, for exact match and F1) and
-    `problem`, why the row cannot be used: then it has no tokens.
+    row and of its answer), `truncated` (bool), `question` (to be shown), `references` (the accepted answers, for exact
+    match and F1) and `problem`, why the row cannot be used: then it has no tokens.
     """
-    empty = {"input_ids": [], "labels": [], "length": 0, "answer_length": 0, "truncated": False, "references": []}
+    empty = {"input_ids": [], "labels": [], "length": 0, "answer_length": 0, "truncated": False}
+    empty |= {"question": "", "references": []}
     if problem := find_problem(row):
         return empty | {"problem": problem}
     try:
@@ -181,6 +183,7 @@ def tokenize_conversation(row, tokenizer, max_length):
         "length": min(len(ids), max_length),
         "answer_length": max(0, min(len(ids), max_length) - answer),
         "truncated": len(ids) > max_length,
+        "question": prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else "",
         "references": references or [completion if isinstance(completion, str) else completion[-1]["content"]],
     }
 

@@ -27,7 +27,7 @@ def imports_of_the_ranks():
 
 @pytest.fixture(scope="session")
 def hub():
-    """(address, what was asked of it) of a fake hub that has the embedded model."""
+    """A fake hub that has the embedded model."""
     return start_hub(main.EMBEDDED_MODEL)
 
 
@@ -53,7 +53,7 @@ def run_main(*flags, **environment):
 def finished(tmp_path_factory):
     """The folder and the output of a run of the embedded default: 2 ranks, 4 rounds of 2 steps."""
     folder = tmp_path_factory.mktemp("finished")
-    process = run_main(*SMALL_RUN, "--output_dir", folder, HF_TOKEN="hf_secret")
+    process = run_main(*SMALL_RUN, "--generate_samples", 3, "--output_dir", folder, HF_TOKEN="hf_secret")
     assert process.returncode == 0, process.stderr
     return folder, process
 

@@ -109,7 +109,9 @@ def test_a_client_goes_on_where_its_data_stopped(tmp_path):
     rows = datasets.Dataset.from_dict({"id": list(range(200)), "length": [1] * 200})
     datasets.DatasetDict(train=rows, held_out=rows).save_to_disk(tmp_path)
     parts = [part.tolist() for part in utils.split_evenly(200, 10, seed=1)]
-    (tmp_path / "parts.json").write_text(json.dumps({"clients": parts, "held_out": []}))
+    (tmp_path / "parts.json").write_text(
+        json.dumps({"train": [part[2:] for part in parts], "held_out": [part[:2] for part in parts], "global": []})
+    )
     flags = "--num_clients 10 --clients_per_round 5 --num_rounds 8 --local_steps 2 --per_device_train_batch_size 3"
     args = main.parse_args([*flags.split(), "--world_size", "2"])
     args.data_path = str(tmp_path)
@@ -122,9 +124,9 @@ def test_a_client_goes_on_where_its_data_stopped(tmp_path):
                     read.setdefault(client, []).extend(data.train["id"][index * 6 : (index + 1) * 6])
     assert sum(map(len, read.values())) == 8 * 5 * 6 and max(map(len, read.values())) > 18  # more than an epoch
     for client, ids in read.items():
-        own = np.array(parts[client][2:])  # 2 of 20 rows are held out
+        own = np.array(parts[client][2:])
         assert ids == own[utils.schedule_rows(18, len(ids), [42, client])].tolist()
-        assert set(ranks[0].held_out(client)["id"]) == set(parts[client][:2])
+        assert set(ranks[0].own_held_out(client)["id"]) == set(parts[client][:2])
 
 
 # -----------------------------------------------------------------------------

@@ -78,6 +78,15 @@ def refused(capsys, tmp_path):
         pytest.param("--use_liger_kernel", "--use_liger_kernel needs a GPU; leave it out", marks=no_gpu),
         pytest.param("--attn_implementation flash_attention_2", "flash_attention_2 needs a GPU", marks=no_gpu),
         ("--average_dtype int4", "invalid choice: 'int4'"),
+        ("--compare fedavg,mean", "--compare: no run is named mean; choose from local, centralized, fedavg"),
+        ("--compare fedavg,fedavg", "--compare: fedavg is listed twice"),
+        ("--compare fedavg,local --server_lr 1", "--server_lr is not a setting of --aggregator fedavg"),
+        ("--compare local,centralized --prox_mu 1", "none shares nothing"),
+        ("--compare local --repeats 0", "--repeats: 0 is not above 0"),
+        ("--centralized --aggregator median", "which has nobody to average with; leave out --aggregator"),
+        ("--push_to_hub x --aggregator none", "--push_to_hub uploads one global model"),
+        ("--ask What?", "holds no finished model; name the output_dir of a run"),
+        ("--merge", "holds no finished model"),
     ],
 )
 def test_bad_flags(refused, flags, message, monkeypatch):
@@ -215,7 +224,7 @@ def test_files_of_a_run(finished):
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints", "client_0_eval_loss.json", "client_0_train_loss.json", "client_1_eval_loss.json",
         "client_1_train_loss.json", "config.json", "federated_global_model", "global_eval_loss.json", "loss.png",
-        "partition.json", "rounds.jsonl", "summary.json",
+        "partition.json", "rounds.jsonl", "samples.json", "summary.json",
     ]  # fmt: skip
     rounds = utils.read_rounds(folder)
     losses = {path.stem: json.loads(path.read_text()) for path in folder.glob("*_loss.json")}
