@@ -54,7 +54,7 @@ AVERAGE_DTYPES = ["float32", "bfloat16", "int8"]
 PARTITIONS = ["iid", "dirichlet", "column", "quantity"]
 SERVER_FLAGS = "server_lr server_momentum server_beta2 server_tau clip_norm trim_fraction num_malicious".split()
 TRACKERS = ["none", "tensorboard", "wandb", "trackio", "mlflow"]
-MAX_CLIENTS, FINISHED = 1000, "finished"
+MAX_CLIENTS = 1000
 ARMS = {  # of --compare: name -> flags
     "local": ["--aggregator", "none"],
     "centralized": ["--aggregator", "none", "--centralized"],
@@ -62,6 +62,7 @@ ARMS = {  # of --compare: name -> flags
     **{name: ["--lora_variant", name] for name in utils.LORA_VARIANTS if name != "lora"},
     "scaffold": ["--scaffold"],
 }
+FINISHED = "finished"  # instead of a checkpoint to go on from
 PR_SET_PDEATHSIG = 1  # of the kernel's prctl.h
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 SAMPLED_ROWS = 1000  # are tokenized by --dry_run
@@ -180,7 +181,7 @@ def parse_args(argv=None):
         os.environ.pop(name, None)
     if args.hf_token and not re.fullmatch(r"[!-~]+", args.hf_token):
         fail("the token in --hf_token or HF_TOKEN has characters that no token has; copy it again")
-    args.command = describe_command(sys.argv[1:] if argv is None else argv, args.hf_token)
+    args.command = describe_command(argv or [], args.hf_token)
     args.model_name, args.dataset_path = map(absolute, (args.model_name, args.dataset_path))
     args.num_gpus = torch.cuda.device_count()
     args.learning_rate = args.learning_rate or (1e-2 if args.model_name == EMBEDDED_MODEL else 2e-4)
@@ -195,6 +196,8 @@ def parse_args(argv=None):
         fail("--partition column makes a client of each value in a column: name it with --partition_column")
     if args.partition != "column":  # which finds its clients in the data
         set_clients(args, args.num_clients or args.world_size)
+    if args.repeats > 1 and not args.compare:
+        fail("--repeats repeats what --compare lists: name it, or leave --repeats out")
     if args.push_to_hub and (args.compare or args.aggregator == "none" or args.lora_variant == "fedsa"):
         fail("--push_to_hub uploads one global model, and this run trains several; leave it out")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
@@ -203,9 +206,9 @@ def parse_args(argv=None):
 
 
 def describe_command(argv, token):
-    """Return the command for the model card: without the token, and of what is on this disk only the names."""
-    words = [Path(word).name if os.path.exists(word) else word.replace(token or "\0", "hf_...") for word in argv]
-    return shlex.join(["python", "main.py", *words])
+    """Return the command for the model card: without the token, and of folders on this disk only the names."""
+    words = [Path(word).name if os.path.isabs(word) else word for word in argv]
+    return shlex.join(["python", "main.py", *(word.replace(token or "\0", "hf_...") for word in words)])
 
 
 def find_arms(compare):
@@ -825,8 +828,10 @@ def main(argv=None, target=run_rank):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # of names and labels, whatever the locale
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it reports of a broken file is in our one line
-    args, argv = parse_args(argv), sys.argv[1:] if argv is None else argv
-    del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
+    flags = sys.argv[1:] if argv is None else argv
+    args = parse_args(flags)
+    if argv is None:
+        del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if args.dry_run:
@@ -835,7 +840,7 @@ def main(argv=None, target=run_rank):
         return use(args)
     try:
         if args.compare:
-            return compare(args, argv, target)
+            return compare(args, flags, target)
         with locked_output_dir(Path(args.output_dir)):
             run(args, target)
     except OSError as error:
@@ -877,8 +882,8 @@ def compare(args, argv, target):
     for repeat in range(args.repeats):
         for text, flags in args.arms.items():
             place = folder / "comparison" / f"{re.sub('[^A-Za-z0-9.]+', '_', text)}_seed_{args.seed + repeat}"
-            own = ["--compare", "", "--seed", str(args.seed + repeat), "--output_dir", str(place)]
-            each = parse_args([*argv, *flags, *own])  # which ends here if flags do not go together
+            own = ["--compare", "", "--repeats", "1", "--seed", str(args.seed + repeat), "--output_dir", str(place)]
+            each = parse_args([*argv, *flags, *own])  # all of them, before the first begins
             each.hf_token = args.hf_token
             started = (place / "config.json").exists()
             if started and not args.resume and not args.overwrite:
@@ -898,7 +903,8 @@ def compare(args, argv, target):
             if error.code != 3:
                 raise
             rows.append(None)
-    comparison = report.compare_rows(list(args.arms), [*zip(*[iter(rows)] * len(args.arms))])
+    repeats = [rows[i : i + len(args.arms)] for i in range(0, len(rows), len(args.arms))]
+    comparison = report.compare_rows(list(args.arms), repeats)
     tables = report.comparison_tables(comparison)
     utils.write_aside(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
     utils.write_aside(folder / "comparison.md", tables)

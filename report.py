@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import os
+import textwrap
 import time
 from pathlib import Path
 from statistics import stdev
@@ -15,7 +16,8 @@ import utils
 
 SECONDS = ("local", "average", "eval", "save")  # of a round, in rounds.jsonl
 SHOWN_CLIENTS, SHOWN_LABELS = 24, 8  # lines and columns of the table of the split; partition.json has all
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito 2008: told apart by everybody; on white and black
+# told apart by everybody (after Okabe and Ito 2008), and readable on white and on black
+BLUE, ORANGE, GREY = "#2A87C8", "#D55E00", "#777777"
 # Student's t for a two-sided 95% interval of the mean, by degrees of freedom from 1; of more, the last one is too wide
 STUDENT_T = """12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120 2.110
 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045""".split()
@@ -204,6 +206,7 @@ def estimate(args, config, lengths, answer_lengths, num_held_out, speed):
         linear * UNPACKING[0] * per_element
     )  # of a batch of answers, one token after another
     batches = -(-min(num_held_out, utils.ANSWERED_ROWS) // (args.world_size * 4 * args.per_device_train_batch_size))
+    own_batches = turns * -(-utils.CLIENT_EVAL_ROWS // (4 * args.per_device_train_batch_size))
     tokens, learned = batch_of(batch)
     kept = hidden if args.gradient_checkpointing else saved
     memory = {
@@ -225,7 +228,7 @@ def estimate(args, config, lengths, answer_lengths, num_held_out, speed):
     }
     every = {"local": 1, "average": 1, "eval": args.eval_rounds, "save": args.save_rounds}
     total = {name: value * -(-args.num_rounds // every[name]) for name, value in round_seconds.items()}
-    total["eval"] += 2 * crowd * batches * (words + seconds(4 * batch, False))  # answers before and after
+    total["eval"] += crowd * (2 * batches + own_batches) * (words + seconds(4 * batch, False))  # before and after
     return {
         "parameters": (linear, others, lora),
         "memory": memory,
@@ -494,7 +497,7 @@ def plot_comparison(comparison, path):
             label, (row["exact_match"], height), (0, 8), textcoords="offset points", color=ORANGE, ha="center"
         )
     axes.set(xlim=(-2, 102), ylim=(-0.6, len(rows) - 0.3), yticks=range(len(rows)))
-    axes.set_yticklabels([row["name"] for row in reversed(rows)])
+    axes.set_yticklabels([textwrap.fill(row["name"], 28) for row in reversed(rows)])
     axes.set_xlabel("exact match, percent:  ● all questions    | each client's own")
     axes.figure.savefig(path, transparent=True)
 
@@ -510,6 +513,7 @@ def model_card(args, summary):
     exact, f1, clients = summary["exact_match"], summary["f1"], summary["per_client"]
     first, last = (f"{loss:.4f}" if loss is not None else "unknown" for loss in summary["eval_loss"].values())
     rows, own = summary["rows"], [each["exact_match"] for each in clients]
+    each = f"{min(rows)} to {max(rows)}" if min(rows) < max(rows) else f"{rows[0]}"
     versions = json.loads(Path(args.output_dir, "config.json").read_text(encoding="utf-8"))["versions"]
     split = args.partition + (f" by {args.partition_column}" if args.partition_column else "")
     split += f", alpha {args.dirichlet_alpha:g}" if args.partition == "dirichlet" else ""
@@ -518,9 +522,9 @@ def model_card(args, summary):
     extras = [args.lora_variant] * (args.lora_variant != "lora") + [f"FedProx mu {args.prox_mu:g}"] * (args.prox_mu > 0)
     extras = ", ".join([f"`{args.aggregator}`", *extras, *["SCAFFOLD"] * args.scaffold])
     precision = "4-bit NF4" if args.load_in_4bit else "not quantized"
+    on_hub = "" if local else f"base_model: {base}\n"
     return f"""---
-{"" if local else f"base_model: {base}"}
-library_name: peft
+{on_hub}library_name: peft
 pipeline_tag: text-generation
 tags: [lora, federated-learning]
 ---
@@ -532,7 +536,7 @@ A LoRA adapter (rank {args.lora_r}, alpha {args.lora_alpha:g}, on all linear lay
 
 | | |
 |---|---|
-| clients | {summary["clients"]}{drawn}; {min(rows)} to {max(rows)} training rows each, {sum(rows)} in all |
+| clients | {summary["clients"]}{drawn}; {each} training rows each, {sum(rows)} in all |
 | split | {split} |
 | rounds | {summary["rounds"]} of {args.local_steps} local steps of {batch} rows |
 | averaging | {extras} |

@@ -249,7 +249,7 @@ def test_model_card(finished):
     card = ModelCard.load(path)
     assert card.data.library_name == "peft" and card.data.base_model is None  # a local folder: no name on the hub
     for part in (
-        "| clients | 2; 1884 to 1884 training rows each, 3768 in all |",
+        "| clients | 2; 1884 training rows each, 3768 in all |",
         "| rounds | 4 of 2 local steps of 4 rows |",
         "| split | iid |",
         "`fedavg`",

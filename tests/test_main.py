@@ -82,6 +82,7 @@ def refused(capsys, tmp_path):
         ("--compare fedavg,fedavg", "--compare: fedavg is listed twice"),
         ("--compare fedavg,local --server_lr 1", "--server_lr is not a setting of --aggregator fedavg"),
         ("--compare local,centralized --prox_mu 1", "none shares nothing"),
+        ("--repeats 2", "--repeats repeats what --compare lists"),
         ("--compare local --repeats 0", "--repeats: 0 is not above 0"),
         ("--centralized --aggregator median", "which has nobody to average with; leave out --aggregator"),
         ("--push_to_hub x --aggregator none", "--push_to_hub uploads one global model"),

@@ -1,8 +1,17 @@
-"""What the README tells a reader to type."""
+"""What the README tells a reader to type.
+
+python tests/test_readme.py runs its commands as they are, in a fresh copy, with a model in the folder smollm2:
+python tests/test_readme.py FOLDER_OF_SMOLLM2
+"""
 
 import inspect
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +26,57 @@ README = (ROOT / "README.md").read_text()
 def test_ci_runs_the_readmes_test_command():
     command = next(line for line in README.splitlines() if "-m pytest" in line and line.startswith("python3 -m venv"))
     assert command.replace("pip install -r", "pip install -q -r") in (ROOT / ".ci" / "run").read_text()
+
+
+def find_commands():
+    """Return the fenced commands that run a script here, in their order; not those that need a GPU or the hub."""
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    commands = [line.split("&& ")[-1] for line in text.splitlines()]
+    return [
+        shlex.join([sys.executable, *shlex.split(command)[1:]])
+        for command in commands
+        if re.match(r"\S*python (main|assets/)", command) and "meta-llama" not in command
+    ]
+
+
+def run_commands(model, shorten):
+    """Run the commands of the README in a copy of what git knows, with `model` in the folder smollm2."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+        )
+        for name in names.stdout.splitlines():
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, Path(folder, name))
+        shutil.copytree(model, Path(folder, "smollm2"))
+        for command in map(shorten, find_commands()):
+            yield command, subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=7200)
+
+
+def shorten(command):
+    """Return a command with 2 rounds of 1 step, and one repeat, where it trains."""
+    if "main.py" in command and not re.search("--(ask|merge|dry_run)", command):
+        command += " --num_rounds 2 --local_steps 1 --repeats 1 --eval_rounds 2"
+    for name, number in (("num_rounds", 2), ("local_steps", 1)):  # of runs that are compared, too
+        command = re.sub(rf"--{name} \d+", f"--{name} {number}", command)
+    return command
+
+
+def test_commands_in_a_fresh_copy():
+    ran = []
+    for command, process in run_commands(main.EMBEDDED_MODEL, shorten):
+        assert process.returncode == 0, (command, process.stderr)
+        ran.append(command)
+    for flag in (
+        "main.py --num_rounds 2",
+        "--compare",
+        "--ask",
+        "--merge",
+        "--dry_run",
+        "smollm2",
+        "make_docstring_squad",
+    ):
+        assert any(flag in command for command in ran), flag
 
 
 def test_flags_of_the_readme_exist():
@@ -58,3 +118,8 @@ def test_every_strategy_and_variant_is_in_the_readme():
         row = next(line for line in tables.splitlines() if line.startswith("|") and f"`{name}`" in line)
         for flag in list(inspect.signature(strategy).parameters)[3:]:
             assert f"`--{flag}`" in row, (name, flag)
+
+
+if __name__ == "__main__":
+    for command, process in run_commands(sys.argv[1], str):
+        print(f"\n$ {command}\n{process.stdout}{process.stderr}exit code {process.returncode}", flush=True)
