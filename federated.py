@@ -47,6 +47,7 @@ MEASURED_ADAPTERS = 16  # of a round are kept for the aggregation error; of more
 # what a checkpoint holds of FederatedRounds, for each rank, and once for all
 SAVED = "records current number rounds_done turns_done reports kept gradients learning_rate".split()
 SAVED_ONCE = "start first_private control before".split()
+CHAT_TOKENS = 512  # of an answer to a question without a context, at most
 HINTED_ERROR = 0.1  # from this aggregation error on, a run is told once what can be done about it
 
 # -----------------------------------------------------------------------------
@@ -126,6 +127,7 @@ class ClientData(NamedTuple):
 
     rows: datasets.Dataset  # all training rows of the run
     held_out: list  # the numbers of the rows that each part of the split holds out
+    scored: list  # the clients of the last round; with --centralized, what would have been these
     num_train: list  # the training rows of every client, which are its weight
     global_held_out: datasets.Dataset  # the same on all ranks
     plan: list  # of the rounds, see utils.plan_rounds
@@ -135,10 +137,12 @@ class ClientData(NamedTuple):
     train: datasets.Dataset  # and those sequences
     lengths: list  # and how many tokens each has
 
+    def own_parts(self, client):
+        """Return of which parts of the split `client` has the held-out rows: its own; with --centralized, several."""
+        return [client] if len(self.num_train) > 1 else self.scored
+
     def own_held_out(self, client):
-        """Return the held-out rows of `client`: those of its part, of all parts where it trains on the rows of all."""
-        parts = self.held_out if len(self.num_train) == 1 else [self.held_out[client]]
-        return self.rows.select(np.concatenate(parts))
+        return self.rows.select(np.concatenate([self.held_out[part] for part in self.own_parts(client)]))
 
 
 def load_client_data(rank, args):
@@ -173,6 +177,7 @@ def load_client_data(rank, args):
     return ClientData(
         rows=data["train"],
         held_out=split["held_out"],
+        scored=split["scored"],
         num_train=[len(part) for part in split["train"]],
         global_held_out=global_held_out,
         plan=plan,
@@ -294,13 +299,13 @@ def evaluate(trainer, rows):
 
 
 @torch.no_grad()
-def answer(model, tokenizer, rows, batch_size):
-    """Return (answer, accepted answers) to each of `rows`: greedily, of at most MAX_NEW_TOKENS tokens."""
+def answer(model, tokenizer, rows, batch_size, max_new_tokens=None):
+    """Return (answer, accepted answers) to each of `rows`: greedily, of at most MAX_NEW_TOKENS tokens or as told."""
     model.eval()
     stop = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
     greedy = GenerationConfig(
-        max_new_tokens=utils.MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens or utils.MAX_NEW_TOKENS,
         do_sample=False,
         eos_token_id=sorted(stop),
         pad_token_id=tokenizer.pad_token_id,
@@ -766,7 +771,7 @@ class FederatedRounds(TrainerCallback):
             curves[f"client_{client['client']}/train_loss"] = client["train_loss"]
             if "eval" in client:
                 curves[f"client_{client['client']}/eval_loss"] = client["eval"][0] / client["eval"][1]
-        self.trainer.log(curves)
+        transformers.Trainer.log(self.trainer, curves)  # TRL's adds figures of this rank's clients alone
 
     def write(self, entry, clients, averaged):
         """Write what a round has to say into files, and one line on the terminal."""
@@ -1024,18 +1029,18 @@ def answer_after(rounds, tokenizer, questions):
 
     Each client is scored on its own held-out rows: loss (nats per answer token), exact match and F1 (percent); where
     clients have models of their own, under "global" also on the global questions, and the answers are of the first one.
-    A client that trains on the rows of all is scored on the held-out rows of each.
+    With --centralized, the one client is scored on the held-out rows of what would be the clients of the last round.
     """
     args, data, scores = rounds.args, rounds.data, []
     ask = functools.partial(answer, rounds.model, tokenizer, batch_size=4 * args.per_device_train_batch_size)
     answers = None if rounds.private else answer_together(rounds, tokenizer, questions)
-    for client in data.plan[-1][0][rounds.rank]:
+    for client in data.plan[(rounds.number or rounds.rounds_done) - 1][0][rounds.rank]:  # of a round that has ended all
         everywhere = {}
         if rounds.private:
             rounds.enter(client)
             own_answers = ask(rows=questions)
             answers, everywhere = answers or own_answers, {"global": score(own_answers)}
-        for part in range(len(data.held_out)) if args.centralized else [client]:
+        for part in data.own_parts(client):
             rows = data.rows.select(data.held_out[part])
             loss, tokens = evaluate(rounds.trainer, rows)
             scores.append({"client": part, "eval_loss": loss / tokens, **score(ask(rows=rows)), **everywhere})
@@ -1093,18 +1098,23 @@ def answer_question(model, tokenizer, question, context):
     """Return the answer to one question, from `context` where that is not empty, asked as in training."""
     if context:
         row = {"context": context, "question": question, "answers": {"text": ["?"]}}
-    else:
+    elif tokenizer.chat_template:
         row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "?"}]}
+    else:
+        row = {"prompt": question, "completion": "?"}
     row = utils.tokenize_row(row, tokenizer, max_length=sys.maxsize)  # of which the answer is left out
-    return row["problem"] or answer(model, tokenizer, datasets.Dataset.from_list([row]), 1)[0][0]
+    if row["problem"]:
+        return f"({row['problem']})"
+    row, longest = datasets.Dataset.from_list([row]), None if context else CHAT_TOKENS
+    return answer(model, tokenizer, row, 1, longest)[0][0]
 
 
-def merge(args, folder, tokenizer, target):
-    """Write the model with the adapter in `folder` merged into it as 16-bit weights, into the folder `target`.
+def merge(model, tokenizer, target):
+    """Write a model with its adapter merged into it as 16-bit weights, into the folder `target`.
 
     Into the weights as training saw them, rounded to NF4: it scores as the adapter did. Merged into the weights before
     rounding, the embedded model has a loss of 0.582 instead of 0.570.
     """
-    model = load_finished(args, folder).merge_and_unload().to(torch.bfloat16)
+    model = model.merge_and_unload().to(torch.bfloat16)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -16,6 +16,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.res
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import errno
 import fcntl
@@ -83,12 +84,11 @@ ADVICE = {  # by a part of the message of an error in a rank
 }
 # for glibc: without it, a step on the CPU spends a tenth of its time on getting back pages that the last one has freed
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-NOT_MATHEMATICS = """output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions
-generate_samples""".split()
+NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions".split()
 NOT_IN_CONFIG = """hf_token overwrite resume dry_run compare repeats arms ask context merge push_to_hub quiet
 command""".split()
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
-*.torn loss.png runs samples.json summary.json partition.json config.json""".split()  # --overwrite removes these
+*.torn loss.png runs samples.json merged_model summary.json partition.json config.json""".split()  # see --overwrite
 
 # -----------------------------------------------------------------------------
 # flags
@@ -196,19 +196,25 @@ def parse_args(argv=None):
         fail("--partition column makes a client of each value in a column: name it with --partition_column")
     if args.partition != "column":  # which finds its clients in the data
         set_clients(args, args.num_clients or args.world_size)
-    if args.repeats > 1 and not args.compare:
-        fail("--repeats repeats what --compare lists: name it, or leave --repeats out")
+    if args.compare and (args.centralized or args.dry_run):
+        fail("--compare does not go with --centralized (list it instead) nor with --dry_run (of one run at a time)")
+    if args.repeats > 1 and (args.repeats == 2 or not args.compare):
+        fail("--repeats is of --compare, and an interval needs 3 at least; raise it, or leave it out")
     if args.push_to_hub and (args.compare or args.aggregator == "none" or args.lora_variant == "fedsa"):
-        fail("--push_to_hub uploads one global model, and this run trains several; leave it out")
+        fail("--push_to_hub uploads a global model, and this leaves none; leave it out")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
     return args
 
 
 def describe_command(argv, token):
-    """Return the command for the model card: without the token, and of folders on this disk only the names."""
-    words = [Path(word).name if os.path.isabs(word) else word for word in argv]
-    return shlex.join(["python", "main.py", *(word.replace(token or "\0", "hf_...") for word in words)])
+    """Return the command for the model card: without the token, and of what is on this disk only the names."""
+    words = ["python", "main.py"]
+    for word in (word.replace(token or "\0", "hf_...") for word in argv if word not in ("--resume", "--overwrite")):
+        *flag, value = word.split("=", 1)
+        local = os.path.isabs(value) or "/" in value and os.path.exists(value)
+        words.append("=".join([*flag, Path(value).name if local else value]))
+    return shlex.join(words)
 
 
 def find_arms(compare):
@@ -218,6 +224,8 @@ def find_arms(compare):
         name, *flags = text.split() or [""]
         if name not in ARMS:
             fail(f"--compare: no run is named {name or 'nothing'}; choose from {', '.join(ARMS)}")
+        if common := {flag.split("=")[0] for flag in flags} & {"--seed", "--output_dir", "--overwrite", "--resume"}:
+            fail(f"--compare {text.strip()}: {common.pop()} is the same for all runs; write it outside of the list")
         if " ".join([name, *flags]) in arms:
             fail(f"--compare: {text.strip()} is listed twice")
         arms[" ".join([name, *flags])] = [*ARMS[name], *flags]
@@ -239,7 +247,7 @@ def set_clients(args, num_clients):
     if args.aggregator == "krum" and drawn < 2 * args.num_malicious + 3:
         needed = 2 * args.num_malicious + 3
         fail(f"--aggregator krum needs {needed} clients a round for --num_malicious {args.num_malicious}, not {drawn}")
-    args.num_parts = num_clients  # that the rows are dealt out into
+    args.num_parts, args.parts_per_round = num_clients, drawn  # of the rows: clients, if not --centralized
     if args.centralized:
         args.gradient_accumulation_steps *= drawn
         args.num_clients = args.clients_per_round = drawn = 1
@@ -579,7 +587,8 @@ def prepare_data(args, rows, held_out, tokenizer, folder):
     trained = [part[size:].tolist() for part, size in zip(parts, sizes)]
     if args.centralized:
         trained = [sum(trained, [])]
-    split = {"train": trained, "held_out": held_out, "global": global_part.tolist()}
+    plan = utils.plan_rounds(args.num_parts, args.parts_per_round, args.num_rounds, 1, args.seed)
+    split = {"train": trained, "held_out": held_out, "global": global_part.tolist(), "scored": plan[-1][0][0]}
     Path(folder, "data", "parts.json").write_text(json.dumps(split), encoding="utf-8")
     args.data_digest = utils.digest_of_rows(f"{folder}/data")
     return report.partition_record(args, parts, global_part, kept["train"], labels)
@@ -836,13 +845,11 @@ def main(argv=None, target=run_rank):
         datasets.disable_progress_bars()
     if args.dry_run:
         return dry_run(args)
-    if args.ask is not None or args.merge:
-        return use(args)
     try:
-        if args.compare:
-            return compare(args, flags, target)
+        if args.ask is not None or args.merge:
+            return use(args)
         with locked_output_dir(Path(args.output_dir)):
-            run(args, target)
+            compare(args, flags, target) if args.compare else run(args, target)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
@@ -867,7 +874,7 @@ def dry_run(args):
     half = args.num_gpus and args.torch_dtype != "float32" or args.torch_dtype == "bfloat16"
     shape = (config.hidden_size, config.intermediate_size)
     speed = report.measure_speed(device, torch.bfloat16 if half else torch.float32, shape)
-    num_held_out = len(held_out) if held_out else len(rows) // (args.num_clients + 1)
+    num_held_out = len(held_out) if held_out else len(rows) // (args.num_parts + 1)
     numbers = report.estimate(args, config, sample["length"], sample["answer_length"], num_held_out, speed)
     report.print_estimate(args, numbers, len(rows), sample["length"], speed)
 
@@ -875,13 +882,13 @@ def dry_run(args):
 def compare(args, argv, target):
     """Run each of --compare, again for each of --repeats, on the same split, seed and rows, and make a table of them.
 
-    A run is in a folder of its own, as any other. One that ends by itself (exit code 3) has no figures, and the others
-    go on.
+    A run is in a folder of its own, as any other. One that ends by itself (exit code 3), or whose seed makes a split
+    that is refused (2), has no figures, and the others go on.
     """
     folder, runs = Path(args.output_dir), []
     for repeat in range(args.repeats):
         for text, flags in args.arms.items():
-            place = folder / "comparison" / f"{re.sub('[^A-Za-z0-9.]+', '_', text)}_seed_{args.seed + repeat}"
+            place = folder / "comparison" / f"{re.sub('[^A-Za-z0-9.+-]+', '_', text)}_seed_{args.seed + repeat}"
             own = ["--compare", "", "--repeats", "1", "--seed", str(args.seed + repeat), "--output_dir", str(place)]
             each = parse_args([*argv, *flags, *own])  # all of them, before the first begins
             each.hf_token = args.hf_token
@@ -890,6 +897,10 @@ def compare(args, argv, target):
                 fail(f"{folder} already holds a comparison: --resume goes on with it, --overwrite removes it")
             each.resume = args.resume and started
             runs.append((text, place, each))
+    if args.resume and not any(each.resume for _, _, each in runs):
+        fail(f"--resume: {folder} holds no comparison; leave --resume out to start one")
+    for _, _, each in runs[: len(args.arms)]:
+        find_rows(copy.copy(each))  # what can be refused is refused before the first run
     if args.overwrite:  # else an earlier one that was longer would be mixed with this one
         shutil.rmtree(folder / "comparison", ignore_errors=True)
     rows = []
@@ -900,7 +911,7 @@ def compare(args, argv, target):
                 run(each, target)
             rows.append(report.comparison_row(text, place))
         except SystemExit as error:
-            if error.code != 3:
+            if error.code != 3 and not (error.code == 2 and any(rows)):
                 raise
             rows.append(None)
     repeats = [rows[i : i + len(args.arms)] for i in range(0, len(rows), len(args.arms))]
@@ -916,18 +927,18 @@ def compare(args, argv, target):
 
 def use(args):
     """--ask the finished model in output_dir, or --merge it into its base."""
-    folder = Path(args.output_dir)
+    folder = Path(args.output_dir).resolve()
     if (folder / utils.GLOBAL_MODEL).is_dir():
         folder = folder / utils.GLOBAL_MODEL
     if not (folder / "adapter_config.json").is_file():
         several = sorted(folder.glob(f"{utils.CLIENT_MODELS}/*/"))
         advice = f"its clients have models of their own: name one, as in --output_dir {several[0]}" if several else ""
         fail(f"--output_dir {args.output_dir} holds no finished model; {advice or 'name the output_dir of a run'}")
-    for config in (parent / "config.json" for parent in folder.parents[:2]):  # of the run
-        if config.is_file():
-            args.load_in_4bit = json.loads(config.read_text(encoding="utf-8")).get("load_in_4bit", args.load_in_4bit)
-    if args.model_name == EMBEDDED_MODEL:  # it was not given
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    config = next((c for c in (parent / "config.json" for parent in folder.parents[:2]) if c.is_file()), None)
+    if config:  # of the run
+        args.load_in_4bit = json.loads(config.read_text(encoding="utf-8")).get("load_in_4bit", args.load_in_4bit)
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if args.model_name == EMBEDDED_MODEL and Path(base).name != Path(EMBEDDED_MODEL).name:  # it was not given
         args.model_name = absolute(base)
     args.model_path, _, tokenizer = find_model(args)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -937,13 +948,15 @@ def use(args):
             fail(f"{merged} is there already; --overwrite writes over it")
     import federated
 
-    if args.merge:
-        federated.merge(args, folder, tokenizer, merged)
-        print(f"merged into {merged}", flush=True)
-    if args.ask is not None:
+    try:
         model = federated.load_finished(args, folder)
-        for question in [args.ask] if args.ask else read_questions():
-            print(federated.answer_question(model, tokenizer, question, args.context), flush=True)
+    except RuntimeError as error:
+        fail(f"--model_name {args.model_name} does not fit the adapter in {folder}: {first_line(error)}")
+    for question in read_questions() if args.ask == "" else filter(None, [args.ask]):
+        print(federated.answer_question(model, tokenizer, question, args.context), flush=True)
+    if args.merge:
+        federated.merge(model, tokenizer, merged)
+        print(f"merged into {merged}", flush=True)
 
 
 def read_questions():
@@ -958,17 +971,16 @@ def read_questions():
 def run(args, target):
     """Check and prepare all that the ranks need, and run them."""
     check_output_dir(args)
-    token = args.hf_token
-    if args.push_to_hub:
-        args.push_to_hub = make_repository(args.push_to_hub, token)
     if not args.num_gpus:
         start_imports()
     rows, held_out = find_rows(args)
-    resume_from = find_checkpoint(args)
+    resume_from, token = find_checkpoint(args), args.hf_token
+    model_path, config, tokenizer = find_model(args)
+    if args.push_to_hub:
+        args.push_to_hub = make_repository(args.push_to_hub, token)
     if resume_from == FINISHED:
         print(f"nothing to do: the run in {args.output_dir} is finished")
         return push(args, token)
-    model_path, config, tokenizer = find_model(args)
     for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:
@@ -1000,9 +1012,16 @@ def push(args, token):
 
     if not args.push_to_hub:
         return
-    folder = Path(args.output_dir, utils.GLOBAL_MODEL)
+    folder, hub = Path(args.output_dir, utils.GLOBAL_MODEL), HfApi(token=token)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if os.path.isabs(config["base_model_name_or_path"]):  # a folder here, which is nobody else's business
+        config["base_model_name_or_path"] = Path(config["base_model_name_or_path"]).name
+    config = json.dumps(config, indent=2).encode()
     try:
-        address = HfApi(token=token).upload_folder(repo_id=args.push_to_hub, folder_path=folder)
+        address = hub.upload_folder(
+            repo_id=args.push_to_hub, folder_path=folder, ignore_patterns=["adapter_config.json"]
+        )
+        hub.upload_file(repo_id=args.push_to_hub, path_or_fileobj=config, path_in_repo="adapter_config.json")
     except Exception as error:
         again = f"--resume --push_to_hub {args.push_to_hub} tries again"
         print(f"main.py: {folder} was not uploaded ({first_line(error)}); {again}", file=sys.stderr)

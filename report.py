@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import math
 import os
 import textwrap
 import time
@@ -323,7 +324,7 @@ def plot_losses(output_dir):
     axes.text(1, 0.96, "each client, training", color=GREY, ha="right", transform=axes.transAxes)
     for name, style, color, height, label in (
         ("train_loss", "-", BLUE, 0.89, "mean of the clients, training"),
-        ("eval_loss", "o-", ORANGE, 0.82, "global model, held out"),
+        ("eval_loss", "o-", ORANGE, 0.82, "held out, all questions"),
     ):
         points = [(entry["round"], entry[name]) for entry in rounds if entry[name] is not None]
         if points:
@@ -391,11 +392,11 @@ def comparison_row(name, folder):
     these, and `worst_client` is the worst of them. `own_...` is on each client's own held-out rows.
     """
     summary = json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))
-    clients, exact_match = summary["per_client"], summary["exact_match"]["after"]
+    clients, exact_match, loss = summary["per_client"], summary["exact_match"]["after"], summary["eval_loss"]["last"]
     own = [each["exact_match"] for each in clients]
     return {
         "name": name,
-        "eval_loss": summary["eval_loss"]["last"],
+        "eval_loss": loss if loss is not None and math.isfinite(loss) else None,
         "exact_match": exact_match,
         "f1": summary["f1"]["after"],
         "worst_client": min(each["global"]["exact_match"] if "global" in each else exact_match for each in clients),
@@ -422,12 +423,12 @@ def compare_rows(names, repeats):
     for (a, one), (b, other) in itertools.combinations(zip(names, zip(*repeats)), 2):
         for key in ("exact_match", "eval_loss"):
             pairs = [x[key] - y[key] for x, y in zip(one, other) if x and y and None not in (x[key], y[key])]
-            if len(pairs) > 1:
+            if len(pairs) > 2:
                 half = float(STUDENT_T[min(len(pairs) - 1, len(STUDENT_T)) - 1]) * stdev(pairs) / len(pairs) ** 0.5
                 low, high = mean(pairs) - half, mean(pairs) + half
                 difference = {"a": a, "b": b, "of": key, "mean": mean(pairs), "low": low, "high": high}
                 differences.append(difference | {"unresolved": low <= 0 <= high})
-    return {"repeats": len(repeats), "rows": rows} | ({"differences": differences} if len(repeats) > 1 else {})
+    return {"repeats": len(repeats), "rows": rows} | ({"differences": differences} if differences else {})
 
 
 def mean(values):
@@ -453,7 +454,7 @@ def comparison_tables(comparison):
         cells = [
             "-" if row[key] is None else form.format(row[key] * scale.get(key, 1)) for key, form in COLUMNS.values()
         ]
-        failed = f" ({row['failed']} of {comparison['repeats']} diverged)" if row["failed"] else ""
+        failed = f" ({row['failed']} of {comparison['repeats']} failed)" if row["failed"] else ""
         lines.append([row["name"] + failed, *cells])
     tables = [align(lines)]
     own = {}  # client -> name of the row -> exact match in its runs
@@ -498,7 +499,7 @@ def plot_comparison(comparison, path):
         )
     axes.set(xlim=(-2, 102), ylim=(-0.6, len(rows) - 0.3), yticks=range(len(rows)))
     axes.set_yticklabels([textwrap.fill(row["name"], 28) for row in reversed(rows)])
-    axes.set_xlabel("exact match, percent:  ● all questions    | each client's own")
+    axes.set_xlabel("exact match, percent:  ● all questions (bar: the repeats)    | each client's own")
     axes.figure.savefig(path, transparent=True)
 
 
@@ -522,6 +523,8 @@ def model_card(args, summary):
     extras = [args.lora_variant] * (args.lora_variant != "lora") + [f"FedProx mu {args.prox_mu:g}"] * (args.prox_mu > 0)
     extras = ", ".join([f"`{args.aggregator}`", *extras, *["SCAFFOLD"] * args.scaffold])
     precision = "4-bit NF4" if args.load_in_4bit else "not quantized"
+    several = args.aggregator == "none" or args.lora_variant == "fedsa"
+    adapter = f"THIS FOLDER{'/client_0' if several else ''}"
     on_hub = "" if local else f"base_model: {base}\n"
     return f"""---
 {on_hub}library_name: peft
@@ -529,7 +532,7 @@ pipeline_tag: text-generation
 tags: [lora, federated-learning]
 ---
 
-# {base}, fine-tuned in federation
+# {base}, fine-tuned {"by clients alone" if args.aggregator == "none" else "in federation"}
 
 A LoRA adapter (rank {args.lora_r}, alpha {args.lora_alpha:g}, on all linear layers) for
 {f"`{base}`, a model in a folder of whoever trained this" if local else f"[{base}](https://huggingface.co/{base})"}.
@@ -566,7 +569,7 @@ conversations like those in its data; it was not tested for anything else, nor f
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS FOLDER")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{adapter}")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```
 
@@ -581,7 +584,7 @@ THE TEXT
 Serve it with [vLLM](https://docs.vllm.ai), beside its base model:
 
 ```bash
-vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(args.lora_r)} --lora-modules federated="THIS FOLDER"
+vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(args.lora_r)} --lora-modules federated="{adapter}"
 ```
 
 As one 16-bit model, by the program that trained it, and as GGUF, by [llama.cpp](https://github.com/ggml-org/llama.cpp)

@@ -15,6 +15,8 @@ ROOT = Path(main.__file__).parent
 SMALL_RUN = "--world_size 2 --num_rounds 4 --local_steps 2 --save_rounds 1 --eval_rounds 2".split()
 SMALL_RUN += "--lora_dropout 0.1 --per_device_train_batch_size 2 --gradient_accumulation_steps 2".split()
 
+FINISHED_RUN = [*SMALL_RUN, "--generate_samples", "3"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def imports_of_the_ranks():
@@ -53,7 +55,7 @@ def run_main(*flags, **environment):
 def finished(tmp_path_factory):
     """The folder and the output of a run of the embedded default: 2 ranks, 4 rounds of 2 steps."""
     folder = tmp_path_factory.mktemp("finished")
-    process = run_main(*SMALL_RUN, "--generate_samples", 3, "--output_dir", folder, HF_TOKEN="hf_secret")
+    process = run_main(*FINISHED_RUN, "--output_dir", folder, HF_TOKEN="hf_secret")
     assert process.returncode == 0, process.stderr
     return folder, process
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, run_main
+from conftest import FINISHED_RUN, ROOT, run_main
 from huggingface_hub import ModelCard
 
 import main
@@ -19,6 +19,7 @@ import utils
 
 
 def row(name, exact_match, eval_loss=1.0):
+    """A row with the figures of one run, and zeros where they do not matter."""
     keys = [key for key, _ in report.COLUMNS.values()]
     return dict.fromkeys(keys, 0) | {"name": name, "exact_match": exact_match, "eval_loss": eval_loss, "clients": []}
 
@@ -45,33 +46,62 @@ def test_intervals_by_hand():
     assert "+2.0" in line and "-0.5 to +4.5" in line
 
 
-def test_runs_that_diverged_are_left_out_and_counted():
-    repeats = [[row("a", 50), row("b", 40)], [row("a", 70), None], [row("a", 60), row("b", 46)]]
+def test_runs_that_failed_are_left_out_and_counted():
+    repeats = [
+        [row("a", 50), row("b", 40)],
+        [row("a", 70), None],
+        [row("a", 60), row("b", 46)],
+        [row("a", 1), row("b", 1)],
+    ]
     comparison = report.compare_rows(["a", "b"], repeats)
-    assert [each["exact_match"] for each in comparison["rows"]] == [60, 43]
+    assert [each["exact_match"] for each in comparison["rows"]] == [45.25, 29]
     assert [each["failed"] for each in comparison["rows"]] == [0, 1]
-    assert comparison["differences"][0]["mean"] == 12  # of the two pairs that are there
-    assert "b (1 of 3 diverged)" in report.comparison_tables(comparison)
+    assert comparison["differences"][0]["mean"] == 8  # of the three pairs that are there
+    assert "b (1 of 4 failed)" in report.comparison_tables(comparison)
     comparison = report.compare_rows(["a", "b"], [[row("a", 50), None]])
     assert comparison["rows"][1]["exact_match"] is None and "differences" not in comparison
     assert "--repeats" in report.comparison_tables(comparison)
 
 
-COMPARED = "--world_size 2 --num_clients 3 --num_rounds 2 --local_steps 2 --eval_rounds 2 --quiet".split()
-ARMS = ["local", "centralized", "fedavg", "fedavg --local_steps 1"]
+def test_row_of_a_run(tmp_path):
+    """Worst and mean of the clients; a loss that is no number is left out."""
+    summary = {
+        "eval_loss": {"last": float("nan")},
+        "exact_match": {"after": 50},
+        "f1": {"after": 60},
+        "tokens": 1,
+        "bytes": 1,
+    }
+    summary |= {"seconds": {"local": 1, "average": 1}, "per_client": [{"exact_match": 40}, {"exact_match": 20}]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    one = report.comparison_row("a", tmp_path)
+    assert one["eval_loss"] is None and one["own_exact_match"] == 30 and one["own_worst_client"] == 20
+    assert one["worst_client"] == one["exact_match"] == 50  # of the model that all share
+    for client, exact_match in zip(summary["per_client"], (60, 35)):  # of their own
+        client["global"] = {"exact_match": exact_match}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert report.comparison_row("a", tmp_path)["worst_client"] == 35
+    comparison = report.compare_rows(["a", "b"], [[one, row("b", 10)]] * 3)
+    assert [each["of"] for each in comparison["differences"]] == ["exact_match"]
+    assert "nan" not in report.comparison_tables(comparison)
+
+
+COMPARED = "--world_size 2 --num_clients 4 --clients_per_round 3 --num_rounds 2 --local_steps 2".split()
+COMPARED += "--eval_rounds 2 --quiet".split()
+ARMS = ["local", "centralized", "fedavg"]
 
 
 @pytest.fixture(scope="module")
 def compared(small_inputs, tmp_path_factory):
-    """The flags and the folder of a comparison with two repeats."""
+    """The flags and the folder of a comparison with three repeats."""
     folder = tmp_path_factory.mktemp("compared")
-    flags = [*COMPARED, *small_inputs, "--compare", ", ".join(ARMS), "--repeats", "2", "--output_dir", str(folder)]
+    flags = [*COMPARED, *small_inputs, "--compare", ", ".join(ARMS), "--repeats", "3", "--output_dir", str(folder)]
     main.main(flags)
     return flags, folder
 
 
 def runs_of(folder, name):
-    return [folder / "comparison" / f"{name}_seed_{seed}" for seed in (42, 43)]
+    return [folder / "comparison" / f"{name}_seed_{seed}" for seed in (42, 43, 44)]
 
 
 def test_comparison(compared):
@@ -81,15 +111,15 @@ def test_comparison(compared):
     assert [each["name"] for each in comparison["rows"]] == ARMS
     for each in comparison["rows"]:
         assert {"eval_loss", "exact_match", "f1", "worst_client", "tokens", "bytes", "seconds"} <= set(each)
-    local, centralized, fedavg, short = comparison["rows"]
+    local, centralized, fedavg = comparison["rows"]
     summaries = [json.loads((run / "summary.json").read_text()) for run in runs_of(folder, "local")]
     for summary in summaries:
         scores = [client["global"]["exact_match"] for client in summary["per_client"]]
-        assert [client["client"] for client in summary["per_client"]] == [0, 1, 2]
+        assert len(scores) == 3  # of the clients of the last round
         assert summary["exact_match"]["after"] == pytest.approx(sum(scores) / 3, abs=0.01)
     worst = [min(client["global"]["exact_match"] for client in summary["per_client"]) for summary in summaries]
-    assert local["worst_client"] == pytest.approx(sum(worst) / 2)
-    assert local["eval_loss"] == pytest.approx(sum(summary["eval_loss"]["last"] for summary in summaries) / 2)
+    assert local["worst_client"] == pytest.approx(sum(worst) / 3)
+    assert local["eval_loss"] == pytest.approx(sum(summary["eval_loss"]["last"] for summary in summaries) / 3)
     assert fedavg["worst_client"] == fedavg["exact_match"]  # all have the same model
     assert local["bytes"] == centralized["bytes"] == 0 and fedavg["bytes"] > 0
     assert {(each["a"], each["b"]) for each in comparison["differences"]} >= {
@@ -97,20 +127,23 @@ def test_comparison(compared):
         ("local", "fedavg"),
     }
     text = (folder / "comparison.md").read_text()
-    assert all(f"| {name} " in text for name in ARMS) and "| client 2 " in text and "unresolved" in text
+    assert all(f"| {name} " in text for name in ARMS) and "| client 3 " in text and "unresolved" in text
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_of_a_comparison_are_alike(compared):
     """The same split, held-out rows, steps and rows a step; the next repeat has others."""
     _, folder = compared
-    splits, configs, tokens = {}, {}, {}
+    splits, scored, configs, tokens = {}, {}, {}, {}
     for name in ("local", "centralized", "fedavg"):
-        for seed, run in zip((42, 43), runs_of(folder, name)):
+        for seed, run in zip((42, 43, 44), runs_of(folder, name)):
             splits.setdefault(seed, []).append((run / "partition.json").read_text())
+            clients = json.loads((run / "summary.json").read_text())["per_client"]
+            scored.setdefault(seed, []).append([client["client"] for client in clients])
             configs[name] = json.loads((run / "config.json").read_text())
             tokens[name] = json.loads((run / "summary.json").read_text())["tokens"]
     assert all(len(set(texts)) == 1 for texts in splits.values()) and splits[42][0] != splits[43][0]
+    assert all(lists == [lists[0]] * 3 for lists in scored.values()) and len({str(s[0]) for s in scored.values()}) > 1
     assert {configs[name]["num_rounds"] * configs[name]["local_steps"] for name in configs} == {4}
     rows = {name: c["per_device_train_batch_size"] * c["gradient_accumulation_steps"] for name, c in configs.items()}
     assert rows == {"local": 4, "centralized": 12, "fedavg": 4}
@@ -129,11 +162,11 @@ def test_centralized_trains_on_what_the_clients_train_on(compared, tmp_path):
 
         main.run_to_the_end, original = keep, main.run_to_the_end
         try:
-            main.main([*compared[0], "--compare", "", *flags, "--output_dir", str(tmp_path / name)])
+            main.main([*compared[0], "--compare", "", "--repeats", "1", *flags, "--output_dir", str(tmp_path / name)])
         finally:
             main.run_to_the_end = original
     (fedavg, _), (centralized, args) = seen["fedavg"], seen["centralized"]
-    assert len(fedavg["train"]) == 3 and centralized["train"] == [sum(fedavg["train"], [])]
+    assert len(fedavg["train"]) == 4 and centralized["train"] == [sum(fedavg["train"], [])]
     assert centralized["held_out"] == fedavg["held_out"] and centralized["global"] == fedavg["global"]
     parts = [centralized["train"][0], *centralized["held_out"], centralized["global"]]
     assert sorted(sum(parts, [])) == list(range(80))
@@ -151,7 +184,7 @@ def test_resumed_comparison(compared, tmp_path, capsys):
     shutil.rmtree(runs_of(copy, "fedavg")[1])
     (copy / "comparison.json").unlink()
     main.main([*flags, "--resume"])
-    assert capsys.readouterr().out.count("nothing to do") == 7
+    assert capsys.readouterr().out.count("nothing to do") == 8
     before, after = (json.loads((place / "comparison.json").read_text())["rows"] for place in (folder, copy))
     assert [each["exact_match"] for each in after] == [each["exact_match"] for each in before]
     assert [each["eval_loss"] for each in after] == [each["eval_loss"] for each in before]
@@ -266,7 +299,7 @@ def test_model_card(finished):
 def test_push_to_hub(hub, finished, tmp_path):
     """A finished run is uploaded, to a private repository; without a token that may write nothing begins."""
     shutil.copytree(finished[0], tmp_path / "run")
-    flags = [*SMALL_RUN, "--output_dir", tmp_path / "run", "--resume", "--push_to_hub", "org/new"]
+    flags = [*FINISHED_RUN, "--output_dir", tmp_path / "run", "--resume", "--push_to_hub", "org/new"]
     environment = {"HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path / "home")}
     refused = run_main(*flags, **environment, HF_TOKEN="hf_wrong")
     assert (
@@ -278,7 +311,9 @@ def test_push_to_hub(hub, finished, tmp_path):
     assert process.returncode == 0, process.stderr
     assert "org/new" in process.stdout and "hf_secret" not in process.stdout + process.stderr
     assert hub.created == {"org/new": True}
-    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"):
+    assert json.loads(hub.uploaded["org/new/adapter_config.json"])["base_model_name_or_path"] == "tiny-llama"
+    assert all(str(ROOT).encode() not in content for content in hub.uploaded.values())
+    for name in ("adapter_model.safetensors", "README.md", "tokenizer.json"):
         assert hub.uploaded[f"org/new/{name}"] == (tmp_path / "run" / "federated_global_model" / name).read_bytes()
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, assert_nowhere, run_main, write_rows
+from conftest import FINISHED_RUN, ROOT, SMALL_RUN, assert_nowhere, run_main, write_rows
 
 import main
 import utils
@@ -82,7 +82,12 @@ def refused(capsys, tmp_path):
         ("--compare fedavg,fedavg", "--compare: fedavg is listed twice"),
         ("--compare fedavg,local --server_lr 1", "--server_lr is not a setting of --aggregator fedavg"),
         ("--compare local,centralized --prox_mu 1", "none shares nothing"),
-        ("--repeats 2", "--repeats repeats what --compare lists"),
+        ("--repeats 3", "--repeats is of --compare"),
+        ("--compare local,fedavg --repeats 2", "an interval needs 3 at least"),
+        ("--compare local --dry_run", "nor with --dry_run"),
+        ("--compare local --centralized", "does not go with --centralized"),
+        ("--compare local --resume", "holds no comparison; leave --resume out"),
+        ("--compare fedavg,krum --partition column --partition_column site --num_malicious 3", "krum needs 9 clients"),
         ("--compare local --repeats 0", "--repeats: 0 is not above 0"),
         ("--centralized --aggregator median", "which has nobody to average with; leave out --aggregator"),
         ("--push_to_hub x --aggregator none", "--push_to_hub uploads one global model"),
@@ -159,7 +164,7 @@ def test_used_output_dir(refused, finished):
     assert sorted(folder.rglob("*")) == files  # a refused run removes nothing
     assert "--resume continues it, --overwrite removes it" in refused(*SMALL_RUN, "--output_dir", folder)
     assert "was started with num_rounds 4 (now 5)" in refused(
-        *SMALL_RUN, "--num_rounds", 5, "--resume", "--output_dir", folder
+        *FINISHED_RUN, "--num_rounds", 5, "--resume", "--output_dir", folder
     )
 
 
@@ -314,6 +319,6 @@ def test_adapter_in_a_fresh_process_gives_the_logged_loss(finished):
 def test_resume_of_a_finished_run_does_nothing(finished):
     folder, _ = finished
     before = (folder / "rounds.jsonl").read_bytes()
-    process = run_main(*SMALL_RUN, "--output_dir", folder, "--resume")
+    process = run_main(*FINISHED_RUN, "--output_dir", folder, "--resume")
     assert process.returncode == 0 and "nothing to do" in process.stdout
     assert (folder / "rounds.jsonl").read_bytes() == before
