@@ -282,7 +282,7 @@ def print_estimate(args, numbers, num_rows, lengths, speed):
 def round_line(args, entry):
     """Return the line of a round, from its entry in rounds.jsonl."""
     parts = [
-        f"round {entry['round']:4d}/{args.num_rounds}",
+        f"round {entry['round']:{len(str(args.num_rounds))}}/{args.num_rounds}",
         f"train {entry['train_loss']:.4f}",
         f"eval {entry['eval_loss']:.4f}" if entry["eval_loss"] is not None else " " * 11,
         f"update {entry['update_norm']:.1e}",
@@ -377,7 +377,7 @@ def print_summary(args, summary, samples, target):
             f"on own rows    {sum(own) / len(own):.1f}% exact match, the mean of {len(own)} clients; "
             f"the worst, client {worst['client']}, {worst['exact_match']:.1f}%"
         )
-    one = target / "client_N" if target.name == utils.CLIENT_MODELS else target
+    one = target / "client_N" if target.name == utils.CLIENT_MODELS else args.output_dir
     print(f'use it: python main.py --output_dir {one} --ask "..." --context "..."', flush=True)
 
 

@@ -72,7 +72,8 @@ def test_row_of_a_run(tmp_path):
         "tokens": 1,
         "bytes": 1,
     }
-    summary |= {"seconds": {"local": 1, "average": 1}, "per_client": [{"exact_match": 40}, {"exact_match": 20}]}
+    summary |= {"seconds": {"local": 1, "average": 1}, "per_client": []}
+    summary["per_client"] = [{"client": 0, "exact_match": 40}, {"client": 1, "exact_match": 20}]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     one = report.comparison_row("a", tmp_path)
     assert one["eval_loss"] is None and one["own_exact_match"] == 30 and one["own_worst_client"] == 20

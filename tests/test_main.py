@@ -87,10 +87,9 @@ def refused(capsys, tmp_path):
         ("--compare local --dry_run", "nor with --dry_run"),
         ("--compare local --centralized", "does not go with --centralized"),
         ("--compare local --resume", "holds no comparison; leave --resume out"),
-        ("--compare fedavg,krum --partition column --partition_column site --num_malicious 3", "krum needs 9 clients"),
         ("--compare local --repeats 0", "--repeats: 0 is not above 0"),
         ("--centralized --aggregator median", "which has nobody to average with; leave out --aggregator"),
-        ("--push_to_hub x --aggregator none", "--push_to_hub uploads one global model"),
+        ("--push_to_hub x --aggregator none", "--push_to_hub uploads a global model, and this leaves none"),
         ("--ask What?", "holds no finished model; name the output_dir of a run"),
         ("--merge", "holds no finished model"),
     ],
@@ -98,6 +97,12 @@ def refused(capsys, tmp_path):
 def test_bad_flags(refused, flags, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert message in refused(*flags.split())
+
+
+def test_a_run_of_a_comparison_is_refused_before_the_first_begins(refused):
+    column = ["--partition", "column", "--partition_column", "site"]  # 8 clients, as is known from the data alone
+    assert "krum needs 9 clients" in refused("--compare", "fedavg, krum --num_malicious 3", *column)
+    assert "--seed is the same for all runs" in refused("--compare", "fedavg --seed 1, fedavg --seed 2")
 
 
 def test_bad_files(refused, tmp_path):
@@ -269,7 +274,7 @@ def test_terminal_of_a_run(finished):
     assert "2, 1884 training rows each; 200 global held-out rows" in process.stdout
     assert "163,840 LoRA parameters, 0.7 MB per client and round, fedavg" in process.stdout
     assert sum(line.startswith("round ") for line in process.stdout.splitlines()) == 4
-    assert str(folder / "federated_global_model") in process.stdout.splitlines()[-1]
+    assert f"--output_dir {folder} --ask" in process.stdout.splitlines()[-1]
     assert process.stderr == ""
 
 

@@ -54,12 +54,15 @@ def run_commands(model, shorten):
 
 
 def shorten(command):
-    """Return a command with 2 rounds of 1 step, and one repeat, where it trains."""
-    if "main.py" in command and not re.search("--(ask|merge|dry_run)", command):
-        command += " --num_rounds 2 --local_steps 1 --repeats 1 --eval_rounds 2"
-    for name, number in (("num_rounds", 2), ("local_steps", 1)):  # of runs that are compared, too
-        command = re.sub(rf"--{name} \d+", f"--{name} {number}", command)
-    return command
+    """Return a command with 2 rounds of 1 step where it trains, and a comparison of two of its runs, once."""
+    words = shlex.split(command)
+    if "--compare" in words:
+        place = words.index("--compare") + 1
+        first, *_, last = words[place].split(",")
+        words[place] = f"{first},{last}"
+    if words[1] == "main.py" and not {"--ask", "--merge", "--dry_run"} & set(words):
+        words += "--num_rounds 2 --local_steps 1 --eval_rounds 2 --repeats 1".split()
+    return shlex.join(words)
 
 
 def test_commands_in_a_fresh_copy():
