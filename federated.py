@@ -232,6 +232,9 @@ class LocalTrainer(SFTTrainer):
             scheduler.step()
         return scheduler
 
+    def log(self, logs, start_time=None):
+        pass  # the round does it; the trainer's own, at the end, is of this rank alone, and of a loss that was reset
+
     def floating_point_ops(self, inputs):
         return 0  # else the trainer walks over all parameters every step, for a number that nobody reads
 
@@ -771,7 +774,7 @@ class FederatedRounds(TrainerCallback):
             curves[f"client_{client['client']}/train_loss"] = client["train_loss"]
             if "eval" in client:
                 curves[f"client_{client['client']}/eval_loss"] = client["eval"][0] / client["eval"][1]
-        transformers.Trainer.log(self.trainer, curves)  # TRL's adds figures of this rank's clients alone
+        transformers.Trainer.log(self.trainer, curves)
 
     def write(self, entry, clients, averaged):
         """Write what a round has to say into files, and one line on the terminal."""
@@ -999,6 +1002,10 @@ def local_train(rank, args):
         save_client_models(rounds)
     if rank == 0:
         publish(rounds, tokenizer, questions, answers, clients)
+        if args.report_to == "wandb":
+            import wandb
+
+            wandb.finish()  # it would wait for an exit that a process of the fork server does not have
     rounds.meet()  # nobody leaves before the model is on disk
     dist.destroy_process_group()
     if ended:

@@ -183,7 +183,8 @@ def parse_args(argv=None):
         fail("the token in --hf_token or HF_TOKEN has characters that no token has; copy it again")
     args.command = describe_command(argv or [], args.hf_token)
     args.model_name, args.dataset_path = map(absolute, (args.model_name, args.dataset_path))
-    args.num_gpus = torch.cuda.device_count()
+    args.num_gpus, args.versions = torch.cuda.device_count(), {"python": platform.python_version()}
+    args.versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
     args.learning_rate = args.learning_rate or (1e-2 if args.model_name == EMBEDDED_MODEL else 2e-4)
     args.optim = args.optim or ("paged_adamw_32bit" if args.num_gpus else "adamw_torch")
     if args.gradient_checkpointing is None:
@@ -435,9 +436,7 @@ def is_finished(folder):
 
 def resolved_config(args):
     """Return what `config.json` holds: every flag, and the versions of what ran; never the token."""
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_IN_CONFIG}
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES} | {"python": platform.python_version()}
-    return flags | {"versions": versions}
+    return {name: value for name, value in vars(args).items() if name not in NOT_IN_CONFIG}
 
 
 def find_model(args, weights=True):

@@ -515,7 +515,6 @@ def model_card(args, summary):
     first, last = (f"{loss:.4f}" if loss is not None else "unknown" for loss in summary["eval_loss"].values())
     rows, own = summary["rows"], [each["exact_match"] for each in clients]
     each = f"{min(rows)} to {max(rows)}" if min(rows) < max(rows) else f"{rows[0]}"
-    versions = json.loads(Path(args.output_dir, "config.json").read_text(encoding="utf-8"))["versions"]
     split = args.partition + (f" by {args.partition_column}" if args.partition_column else "")
     split += f", alpha {args.dirichlet_alpha:g}" if args.partition == "dirichlet" else ""
     drawn = f", {args.clients_per_round} drawn for each round" if args.clients_per_round < args.num_clients else ""
@@ -547,7 +546,7 @@ A LoRA adapter (rank {args.lora_r}, alpha {args.lora_alpha:g}, on all linear lay
 | learning rate | {args.learning_rate:g}, {args.lr_scheduler_type} |
 | tokens trained on | {summary["tokens"]:,} |
 | command | `{args.command}` |
-| versions | {", ".join(f"{name} {version}" for name, version in versions.items())} |
+| versions | {", ".join(f"{name} {version}" for name, version in args.versions.items())} |
 
 | {summary["answered"]} held-out questions | before | after |
 |---|---|---|

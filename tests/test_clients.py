@@ -110,7 +110,14 @@ def test_a_client_goes_on_where_its_data_stopped(tmp_path):
     datasets.DatasetDict(train=rows, held_out=rows).save_to_disk(tmp_path)
     parts = [part.tolist() for part in utils.split_evenly(200, 10, seed=1)]
     (tmp_path / "parts.json").write_text(
-        json.dumps({"train": [part[2:] for part in parts], "held_out": [part[:2] for part in parts], "global": []})
+        json.dumps(
+            {
+                "train": [part[2:] for part in parts],
+                "held_out": [part[:2] for part in parts],
+                "global": [],
+                "scored": [],
+            }
+        )
     )
     flags = "--num_clients 10 --clients_per_round 5 --num_rounds 8 --local_steps 2 --per_device_train_batch_size 3"
     args = main.parse_args([*flags.split(), "--world_size", "2"])

@@ -334,6 +334,8 @@ def test_tracker_and_quiet(small_inputs, tmp_path):
     curves = EventAccumulator(str(events))
     curves.Reload()
     rounds = utils.read_rounds(tmp_path)
+    sources = {name.split("/")[0] for name in curves.Tags()["scalars"]}
+    assert sources == {"federation", "client_0", "client_1", "client_2", "epoch"}
     for client in range(3):
         for kind in ("train_loss", "eval_loss"):
             logged = [event.value for event in curves.Scalars(f"client_{client}/{kind}")]
