@@ -78,8 +78,8 @@ def load_base(args, device):
     return model
 
 
-def load_model(args, device):
-    """Load the base model with a fresh LoRA on all linear layers, and freeze what --lora_variant does not train.
+def add_lora(args, model):
+    """Put a fresh LoRA on all linear layers of `model`, and freeze what --lora_variant does not train.
 
     LoRA, Hu et al. 2021 (arXiv:2106.09685).
     """
@@ -90,11 +90,15 @@ def load_model(args, device):
         target_modules=utils.LORA_TARGETS,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(load_base(args, device), lora)
+    model = get_peft_model(model, lora)
     trained = {part for part, _ in utils.LORA_VARIANTS[args.lora_variant]}
     for name, parameter in model.named_parameters():
         parameter.requires_grad = any(part in name for part in trained)
     return model
+
+
+def load_model(args, device):
+    return add_lora(args, load_base(args, device))
 
 
 def lora_parameters(model):

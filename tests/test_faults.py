@@ -235,7 +235,7 @@ def test_twenty_random_kills(undisturbed, small_inputs, tmp_path):
     process, _ = start(tmp_path, *flags.split(), *small_inputs, "--restarts", "20", round_to_reach=0)
     choose, kills = random.Random(5), 0
     while kills < 20:
-        time.sleep(choose.uniform(0, 2.5))
+        time.sleep(choose.uniform(0, 1.5))
         while not (ranks := find_ranks(process)) and process.poll() is None:
             time.sleep(0.01)
         assert process.poll() is None, f"it was finished after {kills} kills"

@@ -197,12 +197,13 @@ def test_checksum_sees_values_and_places():
 
 def test_dry_run(tmp_path, hub):
     """From a hub, without the weights; what is known exactly is that."""
-    address, asked = hub
-    before = len(asked)
+    before = len(hub.requests)
     flags = "--dry_run --num_clients 16 --num_rounds 40 --model_name org/tiny --average_dtype bfloat16".split()
-    process = run_main(*flags, "--output_dir", tmp_path / "out", HF_ENDPOINT=address, HF_HOME=str(tmp_path / "home"))
+    process = run_main(
+        *flags, "--output_dir", tmp_path / "out", HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "home")
+    )
     assert process.returncode == 0, process.stderr
-    paths = [path for _, path, _ in asked[before:]]
+    paths = [path for _, path, _ in hub.requests[before:]]
     assert not (tmp_path / "out").exists()
     assert any(path.endswith("config.json") for path in paths) and not any("safetensors" in path for path in paths)
     output = " ".join(process.stdout.split())
