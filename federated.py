@@ -44,9 +44,8 @@ trl.trainer.utils._use_triton = lambda device: True
 # trackers get our names as they are, client_3/train_loss; transformers would put "train/" in front of them
 transformers.integrations.integration_utils.rewrite_logs = lambda logs: logs
 MEASURED_ADAPTERS = 16  # of a round are kept for the aggregation error; of more clients, only some of the layers
-# what a checkpoint holds of FederatedRounds, for each rank, and once for all
-SAVED = "records current number rounds_done turns_done reports kept gradients learning_rate".split()
-SAVED_ONCE = "start first_private control before".split()
+# what a checkpoint holds of FederatedRounds, besides one file for each client
+SAVED = "start first_private control before rounds_done learning_rate".split()
 CHAT_TOKENS = 512  # of an answer to a question without a context, at most
 HINTED_ERROR = 0.1  # from this aggregation error on, a run is told once what can be done about it
 
@@ -135,11 +134,13 @@ class ClientData(NamedTuple):
     num_train: list  # the training rows of every client, which are its weight
     global_held_out: datasets.Dataset  # the same on all ranks
     plan: list  # of the rounds, see utils.plan_rounds
-    turns: list  # (round, client) of this rank; a turn is local_steps steps of one client
+    held: list  # the clients whose state this rank has to load when it resumes
+    turns: list  # (round, client, first step) left to this rank; a turn is local_steps steps of one client
     own: dict  # the numbers of the sequences that each of its clients trains on: rows, or packs of rows
     order: np.ndarray  # the numbers of the sequences of those turns, one after another
     train: datasets.Dataset  # and those sequences
-    lengths: list  # and how many tokens each has
+    unread: np.ndarray  # where in `train` those are that come after the turns' first steps
+    lengths: list  # how many tokens each of `train` has
 
     def own_parts(self, client):
         """Return of which parts of the split `client` has the held-out rows: its own; with --centralized, several."""
@@ -160,23 +161,29 @@ def load_client_data(rank, args):
     global_held_out = global_held_out.select(range(min(utils.GLOBAL_EVAL_ROWS, len(global_held_out))))
 
     plan = utils.plan_rounds(args.num_clients, args.clients_per_round, args.num_rounds, args.world_size, args.seed)
-    per_turn = args.local_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    played, turns = collections.Counter(), []
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    per_turn = args.local_steps * per_step
+    rounds_done, steps = utils.read_progress(args.resume_from)
+    played, turns, holder = collections.Counter(), [], {}
     for number, (shares, _) in enumerate(plan, start=1):
-        for client in shares[rank]:
-            turns.append((number, client, played[client]))
+        if number <= rounds_done + bool(steps):
+            holder |= {client: rank for rank, share in enumerate(shares) for client in share}
+        for client in shares[rank] if number > rounds_done else []:
+            first = steps.get(client, 0) if number == rounds_done + 1 else 0
+            if first < args.local_steps:
+                turns.append((number, client, played[client], first))
         played.update(client for share in shares for client in share)
-    own = {client: np.array(split["train"][client]) for _, client, _ in turns}
+    own = {client: np.array(split["train"][client]) for _, client, *_ in turns}
     sequences = data["train"]
-    if args.packing:
+    if args.packing and turns:
         sequences, own = pack_rows(sequences, own, args.max_length)
     schedules = {
         client: utils.schedule_rows(len(numbers), played[client] * per_turn, [args.seed, client])
         for client, numbers in own.items()
     }
-    order = np.concatenate(
-        [own[client][schedules[client][times * per_turn : (times + 1) * per_turn]] for _, client, times in turns]
-    )
+    order = [own[client][schedules[client][times * per_turn : (times + 1) * per_turn]] for _, client, times, _ in turns]
+    order = np.concatenate([*order, np.array([], dtype=int)])
+    unread = [range(i * per_turn + first * per_step, (i + 1) * per_turn) for i, (*_, first) in enumerate(turns)]
     train = sequences.select(order)
     return ClientData(
         rows=data["train"],
@@ -185,11 +192,13 @@ def load_client_data(rank, args):
         num_train=[len(part) for part in split["train"]],
         global_held_out=global_held_out,
         plan=plan,
-        turns=[(number, client) for number, client, _ in turns],
+        held=[client for client in holder if holder[client] == rank],
+        turns=[(number, client, first) for number, client, _, first in turns],
         own=own,
         order=order,
         train=train,
-        lengths=[sum(lengths) for lengths in train["seq_lengths"]] if args.packing else train["length"][:],
+        unread=np.array([i for part in unread for i in part], dtype=int),
+        lengths=[sum(lengths) for lengths in train["seq_lengths"]] if args.packing and turns else train["length"][:],
     )
 
 
@@ -247,8 +256,9 @@ def build_trainer(rank, args, device, model, tokenizer, data):
     """Build the trainer of one rank, which must not know that there are others."""
     dtype = compute_dtype(args, device)
     flat = args.packing and args.attn_implementation == "flash_attention_2"  # which wants a batch as one sequence
+    federated_steps = [(n - 1) * args.local_steps + i for n, _, k in data.turns for i in range(k, args.local_steps)]
     config = SFTConfig(
-        output_dir=str(Path(args.output_dir, "checkpoints", "staging", f"rank_{rank}")),
+        output_dir=str(Path(args.data_path).parent),  # it saves nothing itself
         use_cpu=device.type == "cpu",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -256,7 +266,7 @@ def build_trainer(rank, args, device, model, tokenizer, data):
         torch_compile=args.torch_compile,
         use_liger_kernel=args.use_liger_kernel,
         packing=flat,  # pack_rows has done it: this is for the batches
-        max_steps=len(data.turns) * args.local_steps,
+        max_steps=len(federated_steps) or 1,
         per_device_train_batch_size=args.per_device_train_batch_size,
         per_device_eval_batch_size=4 * args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -275,11 +285,12 @@ def build_trainer(rank, args, device, model, tokenizer, data):
         run_name=Path(args.output_dir).name,
         disable_tqdm=True,
     )
-    trainer = LocalTrainer(model=model, args=config, train_dataset=data.train, processing_class=tokenizer)
+    rows = data.train.select(data.unread) if data.turns else data.rows.select(range(1))  # of which it takes no step
+    trainer = LocalTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
     if args.packing and not flat:
         trainer.data_collator.return_position_ids = True
         trainer.data_collator = functools.partial(collate_packs, trainer.data_collator)
-    trainer.federated_steps = [(n - 1) * args.local_steps + i for n, _ in data.turns for i in range(args.local_steps)]
+    trainer.federated_steps = federated_steps
     trainer.remove_callback(PrinterCallback)
     for parameter in lora_parameters(model):
         parameter.data = parameter.data.float()  # TRL makes the adapters of a 4-bit model bf16, too coarse to average
@@ -365,19 +376,25 @@ class FederatedRounds(TrainerCallback):
         self.current = None  # the client whose moments are in the optimizer, and whose private tensors in the model
         every = -(-args.clients_per_round // MEASURED_ADAPTERS)
         self.measured = [p for i in range(0, len(self.lora), 2 * every) for p in self.lora[i : i + 2]]  # A and B
-        self.number = self.rounds_done = self.turns_done = self.meetings = 0  # number: the round under way, else 0
+        self.number = self.rounds_done = self.meetings = 0  # number: the round under way, else 0
+        self.turn, self.step = 0, None  # which turn is under way, or next; how many steps it has done, None before it
         # of the round under way: what its clients report, their updates (in files but for the last one's), and adapters
         self.reports, self.updates, self.kept, self.gradients = [], [], [], []
+        self.scaler = trainer.accelerator.scaler  # of fp16's gradients, else None
+        self.first_scaler = self.scaler and self.scaler.state_dict()
         self.before = None  # the scores before training
         self.checked, self.hinted, self.stopping = False, False, False
         self.writer = concurrent.futures.ThreadPoolExecutor(1)  # of the logs
         self.written = self.writer.submit(int)
 
     def on_train_begin(self, args, state, control, optimizer, lr_scheduler, **kwargs):
-        self.optimizer = optimizer.optimizer  # without accelerate's wrapper
-        self.learning_rate = lr_scheduler.get_last_lr()[0]
+        self.begin(optimizer.optimizer, lr_scheduler.get_last_lr()[0])  # without accelerate's wrapper
+
+    def begin(self, optimizer, learning_rate):
+        """Start from the same adapter as all ranks, or go on from a checkpoint; every rank takes part."""
+        self.optimizer, self.learning_rate = optimizer, learning_rate
         if self.args.resume_from:
-            self.load(Path(self.args.resume_from))  # the trainer has loaded this rank's adapter and moments
+            self.load(Path(self.args.resume_from))
         else:
             start = utils.flatten_parameters(self.lora)
             self.meet()
@@ -389,16 +406,20 @@ class FederatedRounds(TrainerCallback):
             # SCAFFOLD's c: the mean of what all clients' mean gradients were in their last turns
             self.control = torch.zeros_like(self.start) if self.args.scaffold else None
         shown = None if self.rank == 0 and not self.args.quiet else True  # None: where there is a terminal
-        self.bar = tqdm(total=args.max_steps, initial=state.global_step, unit="step", disable=shown, dynamic_ncols=True)
-        self.check_start(self.learning_rate)
+        steps, left = (
+            self.args.local_steps * sum(len(shares[self.rank]) for shares, _ in self.data.plan),
+            len(self.trainer.federated_steps),
+        )
+        self.bar = tqdm(total=steps, initial=steps - left, unit="step", disable=shown, dynamic_ncols=True)
+        self.check_start(learning_rate)
         self.clock = time.perf_counter()
         signal.signal(signal.SIGTERM, self.ask_to_stop)
-        if self.turns_done < state.global_step // self.args.local_steps:  # it stopped while it waited for the others
-            self.finish_turn(self.turns_done)
+        if self.reports and self.is_last():  # it was stopped while it waited for the others
+            self.finish_round()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step % self.args.local_steps == 0:
-            self.begin_turn(state.global_step // self.args.local_steps)
+        if self.step is None:
+            self.begin_turn()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Add FedProx's and SCAFFOLD's terms to the gradients, which are clipped already."""
@@ -415,8 +436,9 @@ class FederatedRounds(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
-        if state.global_step % self.args.local_steps == 0:
-            self.finish_turn(state.global_step // self.args.local_steps - 1)
+        self.step += 1
+        if self.step == self.args.local_steps:
+            self.finish_turn()
         if self.stopping and state.global_step < args.max_steps:
             self.stop()
 
@@ -455,7 +477,11 @@ class FederatedRounds(TrainerCallback):
         """Save this rank in the middle of a round, and end it. The others do the same after their steps."""
         first = self.store.compare_set("stopped", "", str(self.rank)).decode()  # which rank was told to
         self.bar.close()
-        self.save()
+        keys = [f"saved/{rank}" for rank in range(self.args.world_size)]
+        self.store.set(keys[self.rank], json.dumps(self.save()))
+        if self.rank == 0:
+            self.store.wait(keys, datetime.timedelta(minutes=self.args.timeout))
+            self.commit([json.loads(self.store.get(key)) for key in keys], f"round_{self.rounds_done:05d}_part")
         raise SystemExit(utils.STOPPED, f"rank {first} was ended by SIGTERM")
 
     # ---- the turn of a client
@@ -474,32 +500,33 @@ class FederatedRounds(TrainerCallback):
             parameter.requires_grad = self.parts(number)[0] in name
         self.parameters = self.shared(number)
 
-    def begin_turn(self, index):
+    def begin_turn(self):
         """Bring in the client of this turn, as it was after its last one, and at the start of the round."""
-        args, (number, client) = self.args, self.data.turns[index]
+        args, (number, client, self.step) = self.args, self.data.turns[self.turn]
         if number != self.number:
             if moves := self.data.plan[number - 1][1]:
                 self.meet()  # a rank that has stopped after the last round will move nobody
             self.number = number
             self.move_clients(moves)
         self.enter(client)
-        if args.client_state == "reset":
-            load_moments(self.optimizer, None)
         # every client's dropout masks are its own, whatever its rank did before
         torch.manual_seed(int(np.random.SeedSequence([args.seed, client, number]).generate_state(1)[0]))
-        self.add_terms(client)
+        if args.prox_mu:
+            self.anchors = split_like(self.start, self.parameters)
+        if args.scaffold:
+            own = self.records[client].get("control", torch.zeros_like(self.control))
+            self.corrections = split_like(self.control - own.to(self.control.device), self.parameters)
+            self.gradients = split_like(torch.zeros_like(self.control), self.parameters)
+        if turn := self.records[client].pop("turn", None):  # it was stopped in the middle of it
+            utils.unflatten_parameters(self.lora, turn["adapter"])
+            utils.unflatten_parameters(self.gradients, turn["gradients"])
+            self.trainer._tr_loss += turn["loss"].to(self.trainer._tr_loss.device)
+            set_random_state(turn["random"])
+            return
+        if args.client_state == "reset":
+            load_moments(self.optimizer, None)
         if self.private:
             self.records[client]["before"] = utils.flatten_parameters(self.private).cpu()
-        if args.scaffold:
-            self.gradients = split_like(torch.zeros_like(self.control), self.parameters)
-
-    def add_terms(self, client):
-        """Prepare what FedProx and SCAFFOLD add to the gradients of `client`."""
-        if self.args.prox_mu:
-            self.anchors = split_like(self.start, self.parameters)
-        if self.args.scaffold:
-            own = self.records.setdefault(client, {}).get("control", torch.zeros_like(self.control))
-            self.corrections = split_like(self.control - own.to(self.control.device), self.parameters)
 
     def enter(self, client):
         """Take `client` out of host memory, and put away the one before."""
@@ -509,58 +536,62 @@ class FederatedRounds(TrainerCallback):
         self.leave()
         record = self.records[client]
         load_moments(self.optimizer, record.pop("moments", None))
+        if self.scaler:
+            self.scaler.load_state_dict(record.pop("scaler", self.first_scaler))
         utils.unflatten_parameters(self.private, record.pop("private", self.first_private))
         utils.unflatten_parameters(self.parameters, self.start)
         self.current = client
 
     def leave(self):
-        """Copy what the current client keeps between its turns into host memory."""
-        if self.current is None:
-            return
-        record = self.records.setdefault(self.current, {})
-        if self.args.client_state == "keep":
-            record["moments"] = save_moments(self.optimizer)
+        """Put away the current client."""
+        if self.current is not None:
+            self.records[self.current] |= self.in_the_model()
+        self.current = None
+
+    def in_the_model(self):
+        """Copy what the current client keeps between its turns, or in the middle of one, into host memory."""
+        state = {}
+        if self.args.client_state == "keep" or self.step:
+            state["moments"] = save_moments(self.optimizer)
+        if self.scaler:
+            state["scaler"] = self.scaler.state_dict()
         if self.private:
-            record["private"] = utils.flatten_parameters(self.private).cpu()
+            state["private"] = utils.flatten_parameters(self.private).cpu()
+        return state
 
     def move_clients(self, moves):
         """Send what clients left behind to the ranks that play them now; those two ranks take part."""
-        args = self.args
-        if args.client_state == "reset" and not self.private and not args.scaffold and args.average_dtype == "float32":
-            return  # they leave nothing behind
         for client, source, destination in moves:
             if self.rank == source:
                 if client == self.current:
                     self.leave()
-                    self.current = None
-                dist.send_object_list([self.records.pop(client, {})], dst=destination)
+                dist.send_object_list([self.records.pop(client)], dst=destination)
             elif self.rank == destination:
                 dist.recv_object_list(record := [None], src=source)
                 self.records[client] = record[0]
 
-    def finish_turn(self, index):
+    def is_last(self):
+        """Whether this rank has no more turns in the round under way."""
+        return self.turn == len(self.data.turns) or self.data.turns[self.turn][0] != self.number
+
+    def finish_turn(self):
         """Put this client's update aside; after the last client of the round, finish the round."""
-        args, trainer, (number, client) = self.args, self.trainer, self.data.turns[index]
-        last = index + 1 == len(self.data.turns) or self.data.turns[index + 1][0] != number
+        args, trainer, (number, client, _) = self.args, self.trainer, self.data.turns[self.turn]
         per_turn = len(self.data.lengths) // len(self.data.turns)
+        turn = slice(self.turn * per_turn, (self.turn + 1) * per_turn)
         update = utils.flatten_parameters(self.parameters).sub_(self.start)
         mine = {
             "client": client,
             "train_loss": trainer._tr_loss.item() / args.local_steps,
-            "tokens": sum(self.data.lengths[index * per_turn : (index + 1) * per_turn]),
+            "tokens": sum(self.data.lengths[turn]),
             "norm": torch.linalg.vector_norm(update, dtype=torch.float64).item(),
             "skipped": trainer.accelerator.optimizer_step_was_skipped,  # by the gradient scaler of fp16
         }
         if not all(parameter.isfinite().all() for parameter in self.private):
             mine["norm"] = math.inf
-        if last:  # up to here nothing has changed: it may stop in the meeting, and come back to it when it resumes
-            norms = self.meet([(each["client"], each["norm"]) for each in [*self.reports, mine]])
-            seconds = {"local": self.lap()}  # waiting for the slowest rank counts as local
-        self.turns_done += 1
         trainer._tr_loss.zero_()  # the trainer's running sum, left to us as the trainer logs nothing itself
         if self.private or not self.checked:
             mine["local_digest"] = digest(utils.flatten_parameters(self.lora))
-            turn = slice(index * per_turn, (index + 1) * per_turn)
             mine["read"] = hashlib.sha256(json.dumps(self.data.train[turn]["input_ids"]).encode()).hexdigest()
             mine["rows"] = [] if args.packing else sorted(set(self.data.order[turn].tolist()))
         weight = self.data.num_train[client]
@@ -570,23 +601,28 @@ class FederatedRounds(TrainerCallback):
             self.records[client]["gradients"] = utils.flatten_parameters(self.gradients).cpu() / args.local_steps
             self.gradients = []
         self.reports.append(mine)
-        if last:
-            self.updates.append((client, weight, update))
-            self.finish_round(number, dict(pair for rank in norms for pair in rank), seconds)
-        else:  # whether it counts is known at the end of the round; a file, so that memory does not grow with clients
-            path = f"{args.data_path}_update_{self.rank}_{len(self.updates)}.pt"
-            torch.save(update, path)
-            self.updates.append((client, weight, path))
+        self.turn, self.step = self.turn + 1, None
+        self.updates.append((client, weight, update if self.is_last() else self.put_aside(update)))
+        if self.is_last():
+            self.finish_round()
+
+    def put_aside(self, update):
+        """Write an update into a file; whether it counts is known at the end of the round, and memory is to last."""
+        path = f"{self.args.data_path}_update_{self.rank}_{len(self.updates)}.pt"
+        torch.save(update, path)
+        return path
 
     # ---- the end of a round
 
     def is_due(self, number, rounds):
         return number % rounds == 0 or number == self.args.num_rounds
 
-    def finish_round(self, number, norms, seconds):
-        """Finish round `number`, counted from 1: average, evaluate, log, save; `norms` are those of all updates."""
-        args, trainer, data = self.args, self.trainer, self.data
-        rejected = self.reject(number, norms)
+    def finish_round(self):
+        """Finish the round: average, evaluate, log, save. In the first meeting a rank may still stop, and save."""
+        args, trainer, data, number = self.args, self.trainer, self.data, self.number
+        norms = self.meet([(each["client"], each["norm"]) for each in self.reports])
+        seconds = {"local": self.lap()}  # waiting for the slowest rank counts as local
+        rejected = self.reject(number, dict(pair for rank in norms for pair in rank))
         good = [each for each in self.updates if each[0] not in rejected]
         average = utils.federated_average(
             self.model,
@@ -648,16 +684,14 @@ class FederatedRounds(TrainerCallback):
             self.train_parts(number + 1)
             self.start = utils.flatten_parameters(self.parameters)
         if saved := self.is_due(number, args.save_rounds):
-            self.save()
+            parts = self.meet(self.save())  # every part is on disk
         seconds["save"] = self.lap()
         if self.rank == 0:
             self.log(number, ranks, clients, list(rejected), sent, norm, error, seconds, averaged)
+            if saved:
+                self.commit(parts, f"round_{number:05d}")
         if saved:
-            self.meet()  # every part is on disk
-            if self.rank == 0:
-                self.written.result()  # and the log has the round
-                utils.commit_checkpoint(args.output_dir, f"round_{number:05d}")
-            self.meet()  # a trainer that ends looks into its folder, which is moved here
+            self.meet()  # nobody begins another before this one is moved
 
     def reject(self, number, norms):
         """Return {client: what is wrong} of the updates that are left out; the same on all ranks."""
@@ -707,35 +741,71 @@ class FederatedRounds(TrainerCallback):
         return range(self.rank, len(rows), self.args.world_size)
 
     def save(self):
-        """Write this rank's part of a checkpoint into checkpoints/staging; it may be in the middle of a round."""
+        """Write this rank's part of a checkpoint into checkpoints/staging; it may be in the middle of a round.
+
+        One file for each client, with the turn that it has done in this round or is in, so that ranks that play other
+        clients can go on from it. Returns the files, as `utils.seal` does, and how many steps each client has done.
+        """
         self.written.result()
-        self.trainer._save_checkpoint(self.model, trial=None)  # into rank_N
-        folder = Path(self.trainer.args.output_dir)
-        updates = []
-        for client, weight, path in self.updates:
-            updates.append((client, weight, Path(path).name))
-            shutil.copy(path, folder)
-        mine = {name: getattr(self, name) for name in SAVED} | {"updates": updates}
-        torch.save(mine | {"loss": self.trainer._tr_loss}, folder / "clients.pt")
+        folder = Path(self.args.output_dir, "checkpoints", "staging")
+        folder.mkdir(parents=True, exist_ok=True)
+        files, steps = {}, {}
+        for mine, (client, _, update) in zip(self.reports, self.updates):
+            steps[client] = self.args.local_steps
+            files[client] = {"report": mine, "update": utils.load_update(update)}
+        for client, _, adapter in self.kept:
+            files[client]["kept"] = adapter
+        for client, record in self.records.items():
+            record = record | (self.in_the_model() if client == self.current else {})
+            if client == self.current and self.step:
+                record["turn"] = {
+                    "step": self.step,
+                    "adapter": utils.flatten_parameters(self.lora),
+                    "gradients": utils.flatten_parameters(self.gradients),
+                    "loss": self.trainer._tr_loss,
+                    "random": random_state(),
+                }
+            if "turn" in record:
+                steps[client] = record["turn"]["step"]
+            files[client] = {"record": record} | files.get(client, {})
+        files = {f"client_{client}.pt": content for client, content in files.items()}
         if self.rank == 0:  # the same on all ranks
-            states = [{k: v for k, v in state.items() if k not in ("start", "shapes")} for state in self.states]
-            same = {"states": states} | {name: getattr(self, name) for name in SAVED_ONCE}
-            torch.save(same, folder / "federation.pt")
-        utils.seal(folder, self.rounds_done)
+            same = {name: getattr(self, name) for name in SAVED} | {"lora": utils.flatten_parameters(self.lora)}
+            same["states"] = [{k: v for k, v in s.items() if k not in ("start", "shapes")} for s in self.states]
+            files["federation.pt"] = same
+        for name, content in files.items():
+            torch.save(content, folder / name)
+        return {"files": utils.seal([folder / name for name in files]), "steps": steps}
+
+    def commit(self, parts, name):
+        """Make a checkpoint of what the ranks have saved; rank 0 alone."""
+        self.written.result()  # the log has all rounds before it
+        manifest = {"round": self.rounds_done}
+        manifest |= {key: {k: v for part in parts for k, v in part[key].items()} for key in ("files", "steps")}
+        utils.commit_checkpoint(self.args.output_dir, name, manifest)
 
     def load(self, checkpoint):
-        """Go on where `save` has written a checkpoint."""
-        folder, device = checkpoint / f"rank_{self.rank}", utils.communication_device()
-        vars(self).update(torch.load(checkpoint / "rank_0" / "federation.pt", weights_only=True, map_location=device))
-        mine = torch.load(folder / "clients.pt", weights_only=True, map_location="cpu")
-        self.trainer._tr_loss += mine.pop("loss").to(self.trainer._tr_loss.device)
-        self.updates = [(client, weight, str(folder / name)) for client, weight, name in mine.pop("updates")]
-        vars(self).update(mine)
-        self.kept = [(client, weight, adapter.to(device)) for client, weight, adapter in self.kept]
-        self.gradients = [gradient.to(self.model.device) for gradient in self.gradients]
+        """Go on where `save` has written a checkpoint, whatever the number of ranks then."""
+        device = utils.communication_device()
+        same = torch.load(checkpoint / "federation.pt", weights_only=True, map_location=device)
+        utils.unflatten_parameters(self.lora, same.pop("lora"))
+        vars(self).update(same)
         self.train_parts(self.rounds_done + 1)
-        if self.number:  # in the middle of this round, perhaps of a turn
-            self.add_terms(self.current)
+        utils.unflatten_parameters(self.parameters, self.start)
+        make_moments(self.optimizer)
+        for client in self.data.held:
+            path = checkpoint / f"client_{client}.pt"
+            if not path.exists():  # it has not had a turn
+                continue
+            content = torch.load(path, weights_only=True, map_location="cpu")
+            self.records[client], weight = content["record"], self.data.num_train[client]
+            if "report" in content:
+                self.reports.append(content["report"])
+                self.updates.append((client, weight, self.put_aside(content["update"].to(device))))
+            if "kept" in content:
+                self.kept.append((client, weight, content["kept"].to(device)))
+        if utils.read_progress(checkpoint)[1]:
+            self.number = self.rounds_done + 1
 
     def log(self, number, ranks, clients, rejected, sent, norm, error, seconds, averaged):
         """Collect what round `number` has to say, for trackers and for `write`; rank 0 alone."""
@@ -778,7 +848,10 @@ class FederatedRounds(TrainerCallback):
             curves[f"client_{client['client']}/train_loss"] = client["train_loss"]
             if "eval" in client:
                 curves[f"client_{client['client']}/eval_loss"] = client["eval"][0] / client["eval"][1]
+        state, step = self.trainer.state, self.trainer.state.global_step
+        state.global_step = entry["round"] * self.args.local_steps  # the same curves, wherever the run was resumed
         transformers.Trainer.log(self.trainer, curves)
+        state.global_step = step
 
     def write(self, entry, clients, averaged):
         """Write what a round has to say into files, and one line on the terminal."""
@@ -843,9 +916,11 @@ class FederatedRounds(TrainerCallback):
 
         As the trainer will feed it: rows that are not in its first turn, all rows, and how many it had left to read.
         """
+        if self.args.resume_from:  # some turns are not whole; it was checked when the run began
+            return None
         positions = list(self.trainer._get_train_sampler())
         per_turn, first_turns = len(positions) // len(self.data.turns), {}
-        for index, (_, client) in enumerate(self.data.turns):
+        for index, (_, client, _) in enumerate(self.data.turns):
             rows = set(self.data.order[positions[index * per_turn : (index + 1) * per_turn]].tolist())
             first = first_turns.setdefault(client, rows)
             if first is not rows:
@@ -917,6 +992,31 @@ def load_moments(optimizer, moments):
                 value.copy_(saved[name])
             elif not name.startswith("qmap"):
                 value.zero_()
+
+
+def make_moments(optimizer):
+    """Make the state of an optimizer that has not stepped yet, all zero, by a step that changes nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    load_moments(optimizer, None)
+
+
+def random_state():
+    """Return the states of torch's random number generators: of the CPU, and of the GPU where there is one."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+
+
+def set_random_state(states):
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[1])
 
 
 def by_name(name, reports):
@@ -992,9 +1092,12 @@ def local_train(rank, args):
         rounds.before = score(answers) | {"samples": [text for text, _ in answers[: args.generate_samples]]}
 
     trainer.add_callback(rounds)
-    checkpoint, ended = args.resume_from and Path(args.resume_from, f"rank_{rank}"), ""
+    ended = ""
     try:
-        trainer.train(resume_from_checkpoint=str(next(checkpoint.glob("checkpoint-*"))) if checkpoint else None)
+        if data.turns:
+            trainer.train()
+        else:  # all that is left is to wait for others, or to publish
+            rounds.begin(trainer.create_optimizer(), args.learning_rate)
     except Ended as error:
         ended = str(error)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save

@@ -78,13 +78,14 @@ ACCELERATE_USE_CPU ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_P
 ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".split()
 ADVICE = {  # by a part of the message of an error in a rank
     "OutOfMemoryError": "; lower --per_device_train_batch_size, then --max_length",
-    "PytorchStreamWriter failed": "; make room on the disk of --output_dir",
+    "inline_container.cc": "; make room on the disk of --output_dir",
     "o space left": "; make room on the disk of --output_dir",
     "File too large": "; make room on the disk of --output_dir",
 }
 # for glibc: without it, a step on the CPU spends a tenth of its time on getting back pages that the last one has freed
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions".split()
+NOT_MATHEMATICS = """output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions
+world_size""".split()
 NOT_IN_CONFIG = """hf_token overwrite resume dry_run compare repeats arms ask context merge push_to_hub quiet
 command""".split()
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
@@ -390,7 +391,7 @@ def find_checkpoint(args):
     if changed := [key for key in config if key not in NOT_MATHEMATICS and config[key] != earlier.get(key)]:
         changes = ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed)
         fail(f"--resume: the run in {folder} was started with {changes}")
-    newest = utils.find_newest(folder, args.world_size)
+    newest = utils.find_newest(folder)
     if not newest and any(folder.glob("checkpoints/round_*")):
         fail(f"--resume: no checkpoint in {folder} is whole, see above; mend one, or start anew with --overwrite")
     last_round = utils.round_of(newest)
@@ -723,12 +724,10 @@ def launch(target, args):
             print("main.py: finishing the step and saving; once more ends it at once", file=sys.stderr, flush=True)
         if asked or any(word and word["code"] == utils.STOPPED for word in words):  # of a signal to one rank alone
             await_ranks(processes, readers, words, stop=True, late=time.monotonic() + 60 * args.timeout)
-            if all(word and word["code"] == utils.STOPPED for word in words):
-                commit_part(args)
         if asked and not all(word and word["code"] == 0 for word in words):
             if any(word and word["trace"] for word in words):
                 print(f"main.py: {failure(processes, words)[1]}", file=sys.stderr)
-            where = whereabouts(utils.find_newest(args.output_dir, args.world_size))
+            where = whereabouts(utils.find_newest(args.output_dir))
             print(f"main.py: stopped; --resume goes on {where} of {args.num_rounds}", file=sys.stderr)
             raise asked
         if all(word and word["code"] == 0 for word in words):
@@ -767,13 +766,6 @@ def await_ranks(processes, readers, words, stop=False, late=float("inf")):
             multiprocessing.connection.wait(running, timeout=1 if stop else None)
 
 
-def commit_part(args):
-    """Make a checkpoint of what the ranks have saved in the middle of a round."""
-    manifest = Path(args.output_dir, "checkpoints", "staging", "rank_0", "manifest.json")
-    last_round = json.loads(manifest.read_text(encoding="utf-8"))["round"]
-    utils.commit_checkpoint(args.output_dir, f"round_{last_round:05d}_part")
-
-
 def failure(processes, words):
     """Return (exit code, message) of the rank that failed first: who ended without a word, or the first to speak."""
     for rank, process in enumerate(processes):
@@ -805,7 +797,7 @@ def run_to_the_end(target, args):
         if code != 1:  # it would come to the same again
             print(f"main.py: {message}", file=sys.stderr)
             raise SystemExit(code)
-        args.resume_from = utils.find_newest(args.output_dir, args.world_size)
+        args.resume_from = utils.find_newest(args.output_dir)
         where = f"{whereabouts(args.resume_from)} of {args.num_rounds}"
         if attempt == args.restarts:
             print(f"main.py: {message}; --resume goes on {where}", file=sys.stderr)

@@ -289,7 +289,7 @@ def count_lora_parameters(config, r):
 
 def checkpoint_bytes(args, parameters):
     """Return about how large a checkpoint is, with so many LoRA parameters."""
-    return parameters * (4 * args.world_size + client_bytes(args) * args.num_clients + 16)  # adapters, and the server's
+    return parameters * (client_bytes(args) * args.num_clients + 20)  # the adapter, and the server's state
 
 
 def client_bytes(args):
@@ -300,8 +300,7 @@ def client_bytes(args):
 
 def moment_bytes(args):
     """Return how many bytes of a client's optimizer state wait for its next turn, per parameter that it trains."""
-    kept = args.client_state == "keep" or args.world_size == args.num_clients
-    return OPTIMIZER_BYTES.get(args.optim, 8) * kept
+    return OPTIMIZER_BYTES.get(args.optim, 8) * (args.client_state == "keep")
 
 
 def write_aside(path, text):
@@ -376,53 +375,58 @@ def round_of(checkpoint):
     return int(checkpoint.name.split("_")[1]) if checkpoint else 0
 
 
-def seal(folder, last_round):
-    """Make a rank's part of a checkpoint count: flush its files to the disk, then list them with size and sha256."""
+def seal(paths):
+    """Flush files to the disk; returns {name: [size, sha256]}, as the manifest of a checkpoint lists them."""
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in paths:
         flush(path)
         with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[str(path.relative_to(folder))] = [path.stat().st_size, digest]
-    write_aside(folder / "manifest.json", json.dumps({"round": last_round, "files": files}))
-    for path in [folder / "manifest.json", *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        flush(path)
+            files[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return files
 
 
-def find_fault(checkpoint, world_size):
-    """Return why a checkpoint does not count, None where every rank's part is there and as it was sealed."""
-    for rank in range(world_size):
-        name = f"rank_{rank}/manifest.json"
-        try:
-            manifest = json.loads((checkpoint / name).read_text(encoding="utf-8"))
-            if manifest["round"] != round_of(checkpoint):
-                return f"rank {rank} is at round {manifest['round']}"
-            for file, (size, digest) in manifest["files"].items():
-                name = f"rank_{rank}/{file}"
-                with open(checkpoint / name, "rb") as opened:
-                    if os.fstat(opened.fileno()).st_size != size:
-                        return f"{name} is torn"
-                    if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                        return f"{name} is damaged"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{name} is torn"
+def find_fault(checkpoint):
+    """Return why a checkpoint does not count, None where every file is there and as it was sealed."""
+    name = "manifest.json"
+    try:
+        manifest = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        if manifest["round"] != round_of(checkpoint):
+            return f"{name} is of round {manifest['round']}"
+        for name, (size, digest) in manifest["files"].items():
+            with open(checkpoint / name, "rb") as file:
+                if os.fstat(file.fileno()).st_size != size:
+                    return f"{name} is torn"
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return f"{name} is damaged"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{name} is torn"
     return None
 
 
-def find_newest(output_dir, world_size):
+def find_newest(output_dir):
     """Return the newest checkpoint that counts, None without one; says which are passed over, and why."""
     for checkpoint in sorted(Path(output_dir).glob("checkpoints/round_*"), reverse=True):
-        if not (fault := find_fault(checkpoint, world_size)):
+        if not (fault := find_fault(checkpoint)):
             return checkpoint
         print(f"passing over checkpoints/{checkpoint.name}: {fault}", flush=True)
     return None
 
 
-def commit_checkpoint(output_dir, name):
+def read_progress(checkpoint):
+    """Return (rounds done, {client: steps done in the round after these}) as of a checkpoint, or of None."""
+    if not checkpoint:
+        return 0, {}
+    manifest = json.loads(Path(checkpoint, "manifest.json").read_text(encoding="utf-8"))
+    return manifest["round"], {int(client): steps for client, steps in manifest["steps"].items()}
+
+
+def commit_checkpoint(output_dir, name, manifest):
     """Turn `staging` into a checkpoint by one rename, and remove all but the newest; one process alone does this."""
     folder = Path(output_dir, "checkpoints")
+    write_aside(folder / "staging" / "manifest.json", json.dumps(manifest))
+    flush(folder / "staging" / "manifest.json")
     for log in [*Path(output_dir).glob("*_loss.json"), Path(output_dir, "rounds.jsonl")]:
         if log.exists():
             flush(log)  # a checkpoint has every round before it in the logs, even after a power cut

@@ -121,12 +121,12 @@ def test_a_client_goes_on_where_its_data_stopped(tmp_path):
     )
     flags = "--num_clients 10 --clients_per_round 5 --num_rounds 8 --local_steps 2 --per_device_train_batch_size 3"
     args = main.parse_args([*flags.split(), "--world_size", "2"])
-    args.data_path = str(tmp_path)
+    args.data_path, args.resume_from = str(tmp_path), None
     ranks = [federated.load_client_data(rank, args) for rank in range(2)]
     read = {}
     for number in range(1, 9):
         for data in ranks:
-            for index, (turn, client) in enumerate(data.turns):
+            for index, (turn, client, _) in enumerate(data.turns):
                 if turn == number:
                     read.setdefault(client, []).extend(data.train["id"][index * 6 : (index + 1) * 6])
     assert sum(map(len, read.values())) == 8 * 5 * 6 and max(map(len, read.values())) > 18  # more than an epoch

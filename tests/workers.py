@@ -146,7 +146,7 @@ def gradients_rank(rank, args):
 
             before = gradient()
             super().on_pre_optimizer_step(args, state, control, **kwargs)
-            number, client = self.data.turns[state.global_step // self.args.local_steps]
+            number, client, _ = self.data.turns[state.global_step // self.args.local_steps]
             moved = utils.flatten_parameters(self.parameters) - self.start
             trace.append(
                 {"round": number, "client": client, "before": before, "added": gradient() - before, "moved": moved}
@@ -318,7 +318,7 @@ def poisoned_rank(poison, clients, rank, args, bad_round=2):
     original = federated.FederatedRounds.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
-        number, client = self.data.turns[(state.global_step - 1) // self.args.local_steps]
+        number, client, _ = self.data.turns[(state.global_step - 1) // self.args.local_steps]
         if state.global_step % self.args.local_steps == 0 and number == bad_round and client in clients:
             for parameter in [*self.parameters, *self.private]:
                 parameter.data.mul_(poison)
