@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -43,7 +45,10 @@ import utils
 trl.trainer.utils._use_triton = lambda device: True
 # trackers get our names as they are, client_3/train_loss; transformers would put "train/" in front of them
 transformers.integrations.integration_utils.rewrite_logs = lambda logs: logs
-MEASURED_ADAPTERS = 16  # of a round are kept for the aggregation error; of more clients, only some of the layers
+# adapters of a round that are kept for the aggregation error; of more clients, only some of the layers; the few are for
+# several machines, between which they have to travel
+MEASURED_ADAPTERS, FEW_ADAPTERS = 16, 2
+BEAT, SILENCE = 5, 60  # seconds between signs of life of a machine; and without one, until it is taken for lost
 # what a checkpoint holds of FederatedRounds, besides one file for each client
 SAVED = "start first_private control before rounds_done learning_rate".split()
 CHAT_TOKENS = 512  # of an answer to a question without a context, at most
@@ -160,7 +165,9 @@ def load_client_data(rank, args):
         global_held_out = data["train"].select(split["global"])
     global_held_out = global_held_out.select(range(min(utils.GLOBAL_EVAL_ROWS, len(global_held_out))))
 
-    plan = utils.plan_rounds(args.num_clients, args.clients_per_round, args.num_rounds, args.world_size, args.seed)
+    plan = utils.plan_rounds(
+        args.num_clients, args.clients_per_round, args.num_rounds, args.world_size, args.seed, args.machines
+    )
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     per_turn = args.local_steps * per_step
     rounds_done, steps = utils.read_progress(args.resume_from)
@@ -374,7 +381,9 @@ class FederatedRounds(TrainerCallback):
         self.states = [{} for _ in self.variant]  # of the averaging strategy; RoLoRA's A and B have one each
         self.records = {}  # client -> what it leaves in host memory between its turns, on the rank that last played it
         self.current = None  # the client whose moments are in the optimizer, and whose private tensors in the model
-        every = -(-args.clients_per_round // MEASURED_ADAPTERS)
+        self.several = args.machines[-1] > 0  # machines
+        self.kept_back = {}  # what rounding to a narrow --average_dtype has kept back of the stream of this machine
+        every = -(-args.clients_per_round // (FEW_ADAPTERS if self.several else MEASURED_ADAPTERS))
         self.measured = [p for i in range(0, len(self.lora), 2 * every) for p in self.lora[i : i + 2]]  # A and B
         self.number = self.rounds_done = self.meetings = 0  # number: the round under way, else 0
         self.turn, self.step = 0, None  # which turn is under way, or next; how many steps it has done, None before it
@@ -459,7 +468,8 @@ class FederatedRounds(TrainerCallback):
             if self.store.check(keys):
                 if self.meetings > 1:  # which all have left
                     self.store.delete_key(f"{self.meetings - 1}/{self.rank}")
-                return [json.loads(self.store.get(key)) for key in keys]
+                words = self.store.multi_get(keys) if self.args.store else map(self.store.get, keys)
+                return [json.loads(word) for word in words]
             if stopped:
                 self.stop()
             if time.monotonic() > late:
@@ -479,9 +489,15 @@ class FederatedRounds(TrainerCallback):
         self.bar.close()
         keys = [f"saved/{rank}" for rank in range(self.args.world_size)]
         self.store.set(keys[self.rank], json.dumps(self.save()))
-        if self.rank == 0:
-            self.store.wait(keys, datetime.timedelta(minutes=self.args.timeout))
-            self.commit([json.loads(self.store.get(key)) for key in keys], f"round_{self.rounds_done:05d}_part")
+        if self.rank in self.args.keepers:
+            # nobody tells whether another has died, if torchrun has started it
+            late = datetime.timedelta(seconds=10 if self.args.store else 60 * self.args.timeout)
+            with contextlib.suppress(dist.DistStoreError):
+                self.store.wait(keys, late)
+                self.commit([json.loads(self.store.get(key)) for key in keys], f"round_{self.rounds_done:05d}_part")
+        if self.args.store and not self.stopping:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(30)  # torchrun is about to end this rank, too, and takes an end before that for a failure
         raise SystemExit(utils.STOPPED, f"rank {first} was ended by SIGTERM")
 
     # ---- the turn of a client
@@ -561,11 +577,15 @@ class FederatedRounds(TrainerCallback):
 
     def move_clients(self, moves):
         """Send what clients left behind to the ranks that play them now; those two ranks take part."""
+        args = self.args
         for client, source, destination in moves:
             if self.rank == source:
                 if client == self.current:
                     self.leave()
-                dist.send_object_list([self.records.pop(client)], dst=destination)
+                record = self.records.pop(client)
+                if args.machines[source] != args.machines[destination]:
+                    utils.outbox["between"] += count_bytes(record)
+                dist.send_object_list([record], dst=destination)
             elif self.rank == destination:
                 dist.recv_object_list(record := [None], src=source)
                 self.records[client] = record[0]
@@ -633,7 +653,7 @@ class FederatedRounds(TrainerCallback):
             self.states[(number - 1) % len(self.states)],
             self.parts(number)[1],
             args.average_dtype,
-            {client: self.records[client].setdefault("kept_back", {}) for client, _, _ in good},
+            {c: self.records[c].setdefault("kept_back", {}) for c, _, _ in good} | {"machine": self.kept_back},
         )
         sent = utils.outbox["bytes"]
         norm = torch.linalg.vector_norm(average, dtype=torch.float64).item()
@@ -661,8 +681,10 @@ class FederatedRounds(TrainerCallback):
             "shared": checksum(averaged),
             "drift": drift,
             "sent": sent,
+            "between": utils.outbox["between"],
             "reports": self.reports,
         }
+        utils.outbox["between"] = 0
         self.reports, self.updates, self.kept = [], [], []
         if self.is_due(number, args.eval_rounds):
             if not self.private:  # one model, whose rows the ranks share out
@@ -685,11 +707,14 @@ class FederatedRounds(TrainerCallback):
             self.start = utils.flatten_parameters(self.parameters)
         if saved := self.is_due(number, args.save_rounds):
             parts = self.meet(self.save())  # every part is on disk
+            sizes = [{name: size for name, (size, _) in part["files"].items()} for part in parts]
+            copied = self.copy_files(Path(args.output_dir, "checkpoints", "staging"), sizes)
         seconds["save"] = self.lap()
         if self.rank == 0:
-            self.log(number, ranks, clients, list(rejected), sent, norm, error, seconds, averaged)
-            if saved:
-                self.commit(parts, f"round_{number:05d}")
+            between = sum(by_name("between", ranks)) + (copied if saved else 0)
+            self.log(number, ranks, clients, list(rejected), sent, between, norm, error, seconds, averaged)
+        if saved and self.rank in args.keepers:
+            self.commit(parts, f"round_{number:05d}")
         if saved:
             self.meet()  # nobody begins another before this one is moved
 
@@ -734,8 +759,7 @@ class FederatedRounds(TrainerCallback):
             gradients = record.pop("gradients")
             change += (gradients - record.get("control", before.cpu())).to(change.device)
             record["control"] = gradients
-        dist.all_reduce(change)  # all ranks participate
-        self.control += (change / self.args.num_clients).float()
+        self.control += utils.sum_over_ranks(change, "control") / self.args.num_clients
 
     def own_share(self, rows):
         return range(self.rank, len(rows), self.args.world_size)
@@ -769,6 +793,8 @@ class FederatedRounds(TrainerCallback):
                 steps[client] = record["turn"]["step"]
             files[client] = {"record": record} | files.get(client, {})
         files = {f"client_{client}.pt": content for client, content in files.items()}
+        if self.kept_back:
+            files[f"machine_{self.args.machines[self.rank]}.pt"] = self.kept_back
         if self.rank == 0:  # the same on all ranks
             same = {name: getattr(self, name) for name in SAVED} | {"lora": utils.flatten_parameters(self.lora)}
             same["states"] = [{k: v for k, v in s.items() if k not in ("start", "shapes")} for s in self.states]
@@ -777,8 +803,20 @@ class FederatedRounds(TrainerCallback):
             torch.save(content, folder / name)
         return {"files": utils.seal([folder / name for name in files]), "steps": steps}
 
+    def copy_files(self, folder, files):
+        """Copy {name: bytes}, of what each rank has written, to the disks that lack it; returns how many bytes travel.
+
+        A machine may be lost, and the others go on without it. The first rank of every machine takes part.
+        """
+        args, machines = self.args, self.args.machines
+        if len(args.keepers) == 1 or self.rank != machines.index(machines[self.rank]):
+            return 0
+        sizes = {name: size for own in files for name, size in own.items()}
+        owners = {name: args.sharing[machines[rank]] for rank, own in enumerate(files) for name in own}
+        return utils.share_files(folder, sizes, owners)
+
     def commit(self, parts, name):
-        """Make a checkpoint of what the ranks have saved; rank 0 alone."""
+        """Make a checkpoint of what the ranks have saved; one rank for each disk does it."""
         self.written.result()  # the log has all rounds before it
         manifest = {"round": self.rounds_done}
         manifest |= {key: {k: v for part in parts for k, v in part[key].items()} for key in ("files", "steps")}
@@ -804,10 +842,18 @@ class FederatedRounds(TrainerCallback):
                 self.updates.append((client, weight, self.put_aside(content["update"].to(device))))
             if "kept" in content:
                 self.kept.append((client, weight, content["kept"].to(device)))
+        streams = sorted(checkpoint.glob("machine_*.pt"))
+        if self.several and self.rank == self.args.machines.index(machine := self.args.machines[self.rank]):
+            if len(streams) != self.args.machines[-1] + 1:  # to other machines: what was kept back goes to the first
+                streams = streams if machine == 0 else []
+            else:
+                streams = streams[machine : machine + 1]
+            for kept_back in (torch.load(path, weights_only=True, map_location="cpu") for path in streams):
+                self.kept_back |= {name: self.kept_back.get(name, 0) + kept for name, kept in kept_back.items()}
         if utils.read_progress(checkpoint)[1]:
             self.number = self.rounds_done + 1
 
-    def log(self, number, ranks, clients, rejected, sent, norm, error, seconds, averaged):
+    def log(self, number, ranks, clients, rejected, sent, between, norm, error, seconds, averaged):
         """Collect what round `number` has to say, for trackers and for `write`; rank 0 alone."""
         data = self.data
         drift = {int(client): value for rank in ranks for client, value in rank["drift"].items()}
@@ -825,6 +871,7 @@ class FederatedRounds(TrainerCallback):
             "aggregation_error": error,
             "update_norm": norm,
             "bytes": sent,
+            "bytes_between_machines": between,
             "tokens": sum(by_name("tokens", clients)),
             "peak_memory_gb": round(max(by_name("memory", ranks)), 3),
             "seconds": seconds,
@@ -1019,6 +1066,14 @@ def set_random_state(states):
         torch.cuda.set_rng_state(states[1])
 
 
+def count_bytes(value):
+    """Return how many bytes the tensors in lists and dicts have."""
+    if torch.is_tensor(value):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+    return sum(map(count_bytes, parts))
+
+
 def by_name(name, reports):
     return [each[name] for each in reports]
 
@@ -1066,7 +1121,7 @@ def local_train(rank, args):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # whatever the number of ranks: with more threads, sums are rounded otherwise
     torch.manual_seed(args.seed + rank)
-    store = dist.FileStore(args.store_path, args.world_size)  # which no socket listens for
+    store = args.store or dist.FileStore(args.store_path, args.world_size)  # for which no socket listens
     dist.init_process_group(
         args.backend,
         store=store,
@@ -1075,7 +1130,14 @@ def local_train(rank, args):
         timeout=datetime.timedelta(minutes=args.timeout),
         device_id=device if args.backend == "nccl" else None,
     )
-
+    utils.set_machines(args.machines)
+    if args.machines[-1] > 0 and rank == args.machines.index(args.machines[rank]):
+        threading.Thread(target=watch_machines, args=(rank, args), daemon=True).start()
+        if args.missing:
+            folder = Path(args.output_dir, "checkpoints", Path(args.resume_from).name)
+            utils.share_files(folder, *args.missing)
+    if args.store:
+        dist.barrier()  # all ranks participate: now the checkpoint is on every machine
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     data = load_client_data(rank, args)
@@ -1113,10 +1175,35 @@ def local_train(rank, args):
             import wandb
 
             wandb.finish()  # it would wait for an exit that a process of the fork server does not have
-    rounds.meet()  # nobody leaves before the model is on disk
+    elif rank in args.keepers:
+        shutil.rmtree(rounds.staging, ignore_errors=True)  # the model is on rank 0's disk
+    rounds.meet()  # nobody leaves before it is there
     dist.destroy_process_group()
     if ended:
         raise SystemExit(3, ended)
+
+
+def watch_machines(rank, args):
+    """Tell the other machines that this one lives, and end this rank when another has not for SILENCE seconds.
+
+    Its torchrun then starts anew with the machines that are left. A rank that waits for a lost machine in a collective
+    would do so for --timeout minutes.
+    """
+    firsts = [args.machines.index(machine) for machine in range(args.machines[-1] + 1)]
+    heard, store = {}, args.store.clone()
+    try:
+        while True:
+            store.set(f"alive/{rank}", str(time.time_ns()))
+            for other in (first for first in firsts if first != rank and store.check([f"alive/{first}"])):
+                word = store.get(f"alive/{other}")
+                if heard.get(other, (None,))[0] != word:
+                    heard[other] = word, time.monotonic()
+                elif time.monotonic() - heard[other][1] > SILENCE:
+                    raise TimeoutError(f"no sign of machine {args.machines[other]} for {SILENCE} seconds")
+            time.sleep(BEAT)
+    except Exception as error:  # the store is gone, too, where that machine had it
+        print(f"main.py: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def client_bytes(args, rounds):
@@ -1164,9 +1251,13 @@ def answer_after(rounds, tokenizer, questions):
 
 def save_client_models(rounds):
     """Save the adapter of every client that has trained, into staging; every rank takes part."""
+    folder, files = rounds.staging, {}
     for client in sorted({*rounds.records, rounds.current} - {None}):
         rounds.enter(client)
-        rounds.model.save_pretrained(rounds.staging / f"client_{client}", save_embedding_layers=False)
+        rounds.model.save_pretrained(folder / f"client_{client}", save_embedding_layers=False)
+        paths = [path for path in (folder / f"client_{client}").iterdir() if path.is_file()]
+        files |= {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    rounds.copy_files(folder, rounds.meet(files))
     rounds.meet()  # all adapters are there
 
 

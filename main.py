@@ -2,6 +2,7 @@
 
     python main.py                                                      # everything embedded: no GPU, no download
     python main.py --world_size 8 --model_name meta-llama/Llama-3.1-8B-Instruct --dataset_path rajpurkar/squad
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:PORT main.py    # on each machine
 
 This file turns flags into checked input and starts the ranks; `federated.local_train` is what each of them does.
 """
@@ -28,9 +29,12 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import signal
+import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -41,6 +45,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import report
@@ -64,7 +69,7 @@ ARMS = {  # of --compare: name -> flags
     "scaffold": ["--scaffold"],
 }
 FINISHED = "finished"  # instead of a checkpoint to go on from
-PR_SET_PDEATHSIG = 1  # of the kernel's prctl.h
+PR_SET_PDEATHSIG, SIOCGIFADDR = 1, 0x8915  # of the kernel's prctl.h and sockios.h
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 SAMPLED_ROWS = 1000  # are tokenized by --dry_run
 MAX_BAD_ROWS, SHOWN_ROWS = 0.01, 3  # share of rows that may be bad and are left out; bad rows that are named
@@ -85,9 +90,10 @@ ADVICE = {  # by a part of the message of an error in a rank
 # for glibc: without it, a step on the CPU spends a tenth of its time on getting back pages that the last one has freed
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 NOT_MATHEMATICS = """output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions
-world_size""".split()
+world_size machines""".split()
 NOT_IN_CONFIG = """hf_token overwrite resume dry_run compare repeats arms ask context merge push_to_hub quiet
-command""".split()
+command rendezvous store resume_from keepers sharing missing""".split()
+ALONE = "compare dry_run ask merge overwrite restarts rendezvous".split()  # flags of what torchrun does not start
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
 *.torn loss.png runs samples.json merged_model summary.json partition.json config.json""".split()  # see --overwrite
 
@@ -103,7 +109,8 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("federation").add_argument
-    add("--world_size", type=positive(int), default=8, help="processes; best one per GPU")
+    started = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"])  # by torchrun, so many ranks
+    add("--world_size", type=positive(int), default=started or 8, help="processes; best one per GPU")
     add("--num_clients", type=positive(int), help="the processes play them in turn (default: one each)")
     add("--clients_per_round", type=positive(int), help="drawn at random for each round (default: all of them)")
     add("--num_rounds", type=positive(int), default=20, help="rounds: local training, then one averaging")
@@ -164,6 +171,7 @@ def parse_args(argv=None):
     add("--backend", choices=["nccl", "gloo"], help="(default: nccl with a GPU for every rank, otherwise gloo)")
     add("--quiet", action="store_true", help="say only what the run has come to")
     add("--generate_samples", type=not_negative_int, default=0, help="held-out questions to show, with all answers")
+    add("--rendezvous", metavar="HOST:PORT", help="be where torchrun's agents meet, for --rdzv_conf is_host=0")
     add = parser.add_argument_group("comparing").add_argument
     add("--compare", metavar="A,B,...", help=f'one run for each of: {", ".join(ARMS)}; "fedavg --local_steps 32"')
     add("--repeats", type=positive(int), default=1, help="of --compare, with other seeds and other splits")
@@ -191,7 +199,11 @@ def parse_args(argv=None):
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = args.num_gpus > 0
     args.eval_rounds = args.eval_rounds or max(1, args.num_rounds // 5)
-    args.save_rounds = args.save_rounds or max(1, args.num_rounds // 10)
+    args.save_rounds = args.save_rounds or (1 if started else max(1, args.num_rounds // 10))
+    if alone := [name for name in ALONE if started and getattr(args, name) not in (None, False, 0)]:
+        fail(f"--{alone[0]} is not for torchrun, which may start a run many times; leave it out, or use python main.py")
+    if started and args.world_size != started:
+        fail(f"--world_size {args.world_size}: torchrun has started {started} ranks; leave it out")
     check_strategy(args)
     check_kernels(args)
     if args.partition == "column" and not args.partition_column:
@@ -253,10 +265,16 @@ def set_clients(args, num_clients):
     if args.centralized:
         args.gradient_accumulation_steps *= drawn
         args.num_clients = args.clients_per_round = drawn = 1
+    if drawn < args.world_size and "TORCHELASTIC_RUN_ID" in os.environ:
+        fail(f"torchrun has started {args.world_size} ranks for {drawn} clients; lower --nproc_per_node or --nnodes")
     args.world_size = min(args.world_size, drawn)
-    args.backend = args.backend or ("nccl" if args.num_gpus >= args.world_size else "gloo")
-    if args.backend == "nccl" and args.num_gpus < args.world_size:
-        fail(f"--backend nccl: {args.num_gpus} GPUs for {args.world_size} ranks; leave it out: over gloo they share")
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else args.world_size
+    args.backend = args.backend or ("nccl" if args.num_gpus >= here else "gloo")
+    if args.backend == "nccl" and args.num_gpus < here:
+        fail(f"--backend nccl: {args.num_gpus} GPUs for {here} ranks; leave it out: over gloo they share")
+    # of each rank its machine, of each disk the rank that keeps it; what `join` knows of others
+    args.machines, args.keepers, args.sharing, args.missing = [0] * args.world_size, [0], [[0]], None
+    args.store = args.resume_from = None
 
 
 def check_strategy(args):
@@ -387,10 +405,7 @@ def find_checkpoint(args):
     if not args.resume:
         return None
     folder = Path(args.output_dir)
-    earlier, config = read_config(folder), resolved_config(args)
-    if changed := [key for key in config if key not in NOT_MATHEMATICS and config[key] != earlier.get(key)]:
-        changes = ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed)
-        fail(f"--resume: the run in {folder} was started with {changes}")
+    check_config(folder, args)
     newest = utils.find_newest(folder)
     if not newest and any(folder.glob("checkpoints/round_*")):
         fail(f"--resume: no checkpoint in {folder} is whole, see above; mend one, or start anew with --overwrite")
@@ -399,6 +414,14 @@ def find_checkpoint(args):
         return FINISHED
     print(f"resuming {whereabouts(newest)} of {args.num_rounds}", flush=True)
     return newest
+
+
+def check_config(folder, args):
+    """Refuse to go on with a run that was started with other flags."""
+    earlier, config = read_config(folder), resolved_config(args)
+    if changed := [key for key in config if key not in NOT_MATHEMATICS and config[key] != earlier.get(key)]:
+        changes = ", ".join(f"{key} {earlier.get(key)} (now {config[key]})" for key in changed)
+        fail(f"--resume: the run in {folder} was started with {changes}")
 
 
 def read_config(folder):
@@ -415,7 +438,7 @@ def whereabouts(checkpoint):
     return f"in round {done + 1}" if checkpoint and checkpoint.name.endswith("_part") else f"after round {done}"
 
 
-def open_output_dir(args, resume_from, partition):
+def open_output_dir(args, resume_from, partition, torn=()):
     """Remove what an overwritten run left, or what a resumed one left behind its last checkpoint; write what is known
     before a run: config.json and partition.json."""
     folder = Path(args.output_dir)
@@ -423,8 +446,8 @@ def open_output_dir(args, resume_from, partition):
         fail(f"--resume: the run in {folder} was started with other rows or another tokenizer (digest {digest})")
     for path in (path for pattern in RUN_FILES if args.overwrite for path in folder.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if args.resume:
-        cut_back(folder, resume_from)
+    if args.resume or resume_from:
+        cut_back(folder, resume_from, torn)
     else:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     utils.write_aside(folder / "partition.json", json.dumps(partition) + "\n")
@@ -651,7 +674,8 @@ def run_rank(rank, args):
         os.environ.pop(name, None)
     if args.num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.num_gpus)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank % args.num_gpus]  # before CUDA is touched
+        local_rank = rank - args.machines.index(args.machines[rank])
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank % args.num_gpus]  # before CUDA is touched
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, and nobody else has to see them
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{args.output_dir}/runs")  # not beside the checkpoints
@@ -806,17 +830,219 @@ def run_to_the_end(target, args):
         cut_back(Path(args.output_dir), args.resume_from)
 
 
-def cut_back(folder, checkpoint):
-    """Put what the run has left behind the checkpoint from which it goes on out of the way."""
+def cut_back(folder, checkpoint, torn=()):
+    """Put what the run has left behind the checkpoint from which it goes on out of the way, and what is torn."""
     shutil.rmtree(folder / "checkpoints" / "staging", ignore_errors=True)
     for path in folder.glob("checkpoints/round_*"):
-        if path.name > (checkpoint.name if checkpoint else ""):  # it is torn
+        if path.name > (checkpoint.name if checkpoint else "") or path.name in torn:
             path.rename(path.with_name(f"torn_{path.name}_{time.time_ns()}"))
     for name in (utils.GLOBAL_MODEL, utils.CLIENT_MODELS):  # of a run that ended by itself; this one is not finished
         if (folder / name).exists():
             shutil.rmtree(folder / f"{name}.old", ignore_errors=True)
             (folder / name).rename(folder / f"{name}.old")
     utils.cut_back_logs(folder, utils.round_of(checkpoint))
+
+
+# -----------------------------------------------------------------------------
+# one of the ranks that torchrun has started, on this machine and perhaps on others
+
+
+def join(flags, target):
+    """Be a rank of torchrun. The first on each machine checks and prepares, as `run` does, for all there.
+
+    A run that is in output_dir is gone on with: torchrun ends all ranks, and starts them anew, when one of them fails,
+    or a machine comes or goes.
+    """
+    rank, local_rank, machine = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # an agent that is killed leaves nobody
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))  # of Ctrl-C, torchrun sends that
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface := find_interface(os.environ["MASTER_ADDR"]))
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    store = open_store(rank)
+    with contextlib.ExitStack() as stack:
+        if local_rank:
+            args = argparse.Namespace(**await_word(store, f"args/{machine}"))
+        else:
+            try:
+                args, token = lead(flags, store, machine, stack)
+            except BaseException:
+                store.set("refused", f"machine {machine} ({socket.gethostname()})")  # the others wait for its word
+                raise
+        if args.resume_from == FINISHED:
+            return push(args, token) if rank == 0 else None
+        args.store = store
+        try:
+            target(rank, args)
+        except SystemExit as error:  # (code, why), the same on all ranks
+            code, text = error.code
+            if rank == 0:
+                print(f"main.py: {text}", file=sys.stderr, flush=True)
+            sys.exit(code)
+        if rank == 0:
+            push(args, token)
+
+
+def lead(flags, store, machine, stack):
+    """Check and prepare what the ranks of this machine need, together with the first ranks of the other machines.
+
+    Returns (args, token); what is to be undone at the end goes on `stack`.
+    """
+    args, number = parse_args(flags), int(os.environ["GROUP_WORLD_SIZE"])
+    folder = Path(args.output_dir)
+
+    def gather(key, word):
+        """Return the words of all machines; their first ranks take part."""
+        store.set(f"{key}/{machine}", json.dumps(word))
+        return [await_word(store, f"{key}/{other}") for other in range(number)]
+
+    args.machines = sum(([i] * size for i, size in enumerate(gather("size", int(os.environ["LOCAL_WORLD_SIZE"])))), [])
+    mark = None
+    if machine == 0:
+        stack.enter_context(locked_output_dir(folder))
+        remove_left(args)
+        mark = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".here-"))
+    seen = gather("mark", mark and Path(mark.name).name)[0]
+    own_disk = machine == 0 or not (folder / seen).exists()  # or it is one with that of machine 0
+    if own_disk and machine:
+        stack.enter_context(locked_output_dir(folder))
+        remove_left(args)
+    disks = [i if own else 0 for i, own in enumerate(gather("disk", own_disk))]
+    args.keepers = [args.machines.index(disk) for disk in sorted(set(disks))]
+    args.sharing = [[i for i, disk in enumerate(disks) if disk == own] for own in disks]
+
+    rows, held_out = find_rows(args)
+    model_path, config, tokenizer = find_model(args)
+    token, args.hf_token = args.hf_token, None
+    if args.push_to_hub and machine == 0:
+        args.push_to_hub = make_repository(args.push_to_hub, token)
+    data = stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".prepared-"))
+    partition = prepare_data(args, rows, held_out, tokenizer, data)
+    check_space(args, config)
+    args.resume = (folder / "config.json").exists()
+    if args.resume:
+        check_config(folder, args)
+
+    local = ("model_name", "dataset_path", "model_path", "data_path", "output_dir")
+    logs = [path.name for path in [*folder.glob("*_loss.json"), folder / "rounds.jsonl"] if path.exists()]
+    words = gather(
+        "prepared",
+        {
+            "host": socket.gethostname(),
+            "rows": args.data_digest,
+            "model": utils.digest_of_model(model_path),
+            "flags": {k: v for k, v in resolved_config(args).items() if k not in (*local, "num_gpus", "data_digest")},
+            "checkpoints": utils.survey(folder),
+            "rounds": len(utils.read_rounds(folder)),
+            "finished": args.resume and is_finished(folder),
+        },
+    )
+    check_agreement(words)
+    args.resume_from = None
+    if common := utils.find_common([word["checkpoints"] for word in words]):
+        name, seal, sizes, owners = common
+        args.resume_from = folder / "checkpoints" / name
+        if any(len(machines) < number for machines in owners.values()):
+            args.missing = [sizes, owners]
+        # the rounds so far, for whoever is rank 0 now
+        source = max(range(number), key=lambda i: (words[i]["rounds"], -i))
+        if machine == source:
+            store.set("logs", json.dumps({name: (folder / name).read_text(encoding="utf-8") for name in logs}))
+        if machine == 0 and disks[source]:
+            for log, text in await_word(store, "logs").items():
+                utils.write_aside(folder / log, text)
+        if utils.round_of(args.resume_from) == args.num_rounds and any(word["finished"] for word in words):
+            args.resume_from = FINISHED
+    if machine == 0:
+        done = "nothing to do: the run is finished" if args.resume_from == FINISHED else ""
+        start = f"resuming {whereabouts(args.resume_from)} of {args.num_rounds}" if args.resume_from else ""
+        print(
+            "\n".join(filter(None, [done or start, *([] if done else [report.partition_table(partition)])])), flush=True
+        )
+    if own_disk and args.resume_from != FINISHED:
+        mine = words[machine]["checkpoints"]
+        torn = [n for n, (own, *_) in mine.items() if common and n == common[0] and own != common[1]]
+        open_output_dir(args, args.resume_from, partition, torn)
+    gather("opened", True)
+    args.model_path, args.data_path = model_path, f"{data}/data"
+    store.set(f"args/{machine}", json.dumps(vars(args), default=str))
+    return args, token
+
+
+def check_agreement(words):
+    """Refuse machines that would train on other rows, another model, or with other flags."""
+    for what, flag in (("rows", "--dataset_path"), ("model", "--model_name")):
+        if len({word[what] for word in words}) > 1:
+            found = ", ".join(f"machine {i} ({word['host']}) {word[what][:8]}" for i, word in enumerate(words))
+            fail(f"{flag} is not the same {what} on all machines, by its digest: {found}")
+    for name in words[0]["flags"]:
+        if len({json.dumps(word["flags"][name]) for word in words}) > 1:
+            found = ", ".join(f"machine {i} ({word['host']}) {word['flags'][name]}" for i, word in enumerate(words))
+            fail(f"--{name} is not the same on all machines: {found}")
+
+
+def await_word(store, key):
+    """Return what a machine says by `key`; ends the program when one has refused to go on."""
+    while not store.check([key]):
+        if store.check(["refused"]):
+            print(f"main.py: {store.get('refused').decode()} does not go on; see what it says", file=sys.stderr)
+            raise SystemExit(1)
+        time.sleep(0.05)
+    return json.loads(store.get(key))
+
+
+def open_store(rank):
+    """Return the store in which the ranks of this start of torchrun find each other, and nobody else."""
+    host, port, size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: rank 0 has it
+        return make_store(host, port) if rank == 0 else dist.TCPStore(host, port)
+    store, mine = dist.TCPStore(host, port), secrets.token_hex(8)
+    # it is the agents', and holds what ranks have said before a restart: agree on a name that is new
+    store.set(f"hello/{rank}", mine)
+    while rank == 0 and store.add(f"here/{mine}", 0) < size - 1:
+        others = [store.get(f"hello/{r}").decode() for r in range(1, size) if store.check([f"hello/{r}"])]
+        store.set("welcome", json.dumps([mine, *others]))
+        time.sleep(0.05)
+    if rank == 0:
+        return dist.PrefixStore(mine, store)
+    while not store.check(["welcome"]) or mine not in (names := json.loads(store.get("welcome"))):
+        time.sleep(0.05)
+    store.add(f"here/{names[0]}", 1)
+    return dist.PrefixStore(names[0], store)
+
+
+def make_store(host, port):
+    """Serve a store that listens on this address only, unlike torchrun's own, which listens on all of a machine."""
+    listener = socket.create_server((host, port), backlog=1024)
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def serve_rendezvous(endpoint):
+    """Be the store in which torchrun's agents meet, until Ctrl-C."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        store = make_store(host, int(port))
+    except (OSError, ValueError) as error:
+        fail(f"--rendezvous {endpoint}: {error}; give an address of this machine and a free port")
+    print(f"torchrun --rdzv_backend c10d --rdzv_endpoint {endpoint} --rdzv_conf is_host=0 ...", flush=True)
+    while store:
+        time.sleep(3600)
+
+
+def find_interface(address):
+    """Return the name of the network interface by which this machine reaches `address`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((socket.gethostbyname(address), 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                request = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(request[20:24]) == own:
+                    break
+    if own.startswith("127.") and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        fail(f"{address} is this machine only to itself: give torchrun --local_addr and an address that all can reach")
+    return name
 
 
 def stop(number, frame):
@@ -829,13 +1055,17 @@ def main(argv=None, target=run_rank):
         stream.reconfigure(errors="backslashreplace")  # of names and labels, whatever the locale
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it reports of a broken file is in our one line
     flags = sys.argv[1:] if argv is None else argv
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return join(flags, target)
     args = parse_args(flags)
     if argv is None:
         del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     if args.dry_run:
         return dry_run(args)
+    if args.rendezvous:
+        return serve_rendezvous(args.rendezvous)
     try:
         if args.ask is not None or args.merge:
             return use(args)
@@ -972,8 +1202,7 @@ def run(args, target):
     if resume_from == FINISHED:
         print(f"nothing to do: the run in {args.output_dir} is finished")
         return push(args, token)
-    for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
-        shutil.rmtree(left)
+    remove_left(args)
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:
         partition = prepare_data(args, rows, held_out, tokenizer, folder)
         check_space(args, config)
@@ -985,6 +1214,12 @@ def run(args, target):
         args.data_path = f"{folder}/data"
         run_to_the_end(target, args)
     push(args, token)
+
+
+def remove_left(args):
+    """Remove what a run that was killed had prepared."""
+    for left in Path(args.output_dir).glob(".prepared-*"):
+        shutil.rmtree(left)
 
 
 def make_repository(name, token):

@@ -199,6 +199,17 @@ def digest_of_rows(data_path):
     return digest.hexdigest()
 
 
+def digest_of_model(path):
+    """Return a sha256 that tells models apart: of the names, sizes and last MB of the files with weights."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            opened.seek(max(0, size - 2**20))
+            digest.update(f"{file.name} {size} ".encode() + opened.read())
+    return digest.hexdigest()
+
+
 def partition_dataset(dataset, rank, world_size, seed=42):
     """Return part `rank` of `world_size`: shuffled by `seed`, disjoint, sizes at most one row apart, no row left out.
 
@@ -249,13 +260,15 @@ def schedule_rows(num_rows, total, seed):
     return np.concatenate(epochs)[:total]
 
 
-def plan_rounds(num_clients, clients_per_round, num_rounds, world_size, seed):
+def plan_rounds(num_clients, clients_per_round, num_rounds, world_size, seed, machine_of=None):
     """Draw the clients of every round, and deal them out to the ranks; the draw does not depend on `world_size`.
 
     Returns one (shares, moves) per round: shares[rank] is the list of the clients that `rank` plays one after the
     other, at most one more or less than another rank; moves lists (client, from rank, to rank) of those that were
-    played before by another rank, whose state has to travel. A client stays with its rank where there is room.
+    played before by another rank, whose state has to travel. A client stays with its rank where there is room, else on
+    its machine: machine_of[rank] numbers these.
     """
+    machine_of = machine_of or [0] * world_size
     holder, plan = {}, []
     for number in range(1, num_rounds + 1):
         drawn = np.random.default_rng([seed, number]).choice(num_clients, clients_per_round, replace=False)
@@ -266,7 +279,8 @@ def plan_rounds(num_clients, clients_per_round, num_rounds, world_size, seed):
             room = home is not None and len(shares[home]) < sizes[home]
             (shares[home] if room else others).append(client)
         for client in others:
-            rank = next(rank for rank, share in enumerate(shares) if len(share) < sizes[rank])
+            free, home = [rank for rank, share in enumerate(shares) if len(share) < sizes[rank]], holder.get(client, 0)
+            rank = min(free, key=lambda rank: machine_of[rank] != machine_of[home])
             shares[rank].append(client)
             if client in holder:
                 moves.append((client, holder[client], rank))
@@ -385,14 +399,15 @@ def seal(paths):
     return files
 
 
-def find_fault(checkpoint):
-    """Return why a checkpoint does not count, None where every file is there and as it was sealed."""
+def find_fault(checkpoint, names=None):
+    """Return why a checkpoint does not count, None where every file (or each of `names`) is there and as sealed."""
     name = "manifest.json"
     try:
         manifest = json.loads((checkpoint / name).read_text(encoding="utf-8"))
         if manifest["round"] != round_of(checkpoint):
             return f"{name} is of round {manifest['round']}"
-        for name, (size, digest) in manifest["files"].items():
+        for name in names or manifest["files"]:
+            size, digest = manifest["files"][name]
             with open(checkpoint / name, "rb") as file:
                 if os.fstat(file.fileno()).st_size != size:
                     return f"{name} is torn"
@@ -411,6 +426,38 @@ def find_newest(output_dir):
         if not (fault := find_fault(checkpoint)):
             return checkpoint
         print(f"passing over checkpoints/{checkpoint.name}: {fault}", flush=True)
+    return None
+
+
+def survey(output_dir):
+    """Return {name: [sha256 of the manifest, its files, those of them that are whole]} of all checkpoints."""
+    found = {}
+    for checkpoint in Path(output_dir).glob("checkpoints/round_*"):
+        text = (checkpoint / "manifest.json").read_bytes() if (checkpoint / "manifest.json").exists() else b""
+        manifest = parse(text)
+        if isinstance(manifest, dict) and manifest.get("round") == round_of(checkpoint):
+            wanted = {name: size for name, (size, _) in manifest["files"].items()}
+            whole = [name for name in wanted if not find_fault(checkpoint, [name])]
+            wanted["manifest.json"] = len(text)
+            found[checkpoint.name] = [hashlib.sha256(text).hexdigest(), wanted, [*whole, "manifest.json"]]
+    return found
+
+
+def find_common(surveys):
+    """Return (name, seal, sizes, owners) of the newest checkpoint that machines have together, None without one.
+
+    `surveys` has what `survey` returns for each of them; owners[name] are the machines that have that file.
+    """
+    for name in sorted({name for found in surveys for name in found}, reverse=True):
+        for seal, sizes, _ in (found[name] for found in surveys if name in found):
+            owners = {
+                file: [
+                    i for i, found in enumerate(surveys) if found.get(name, [""])[0] == seal and file in found[name][2]
+                ]
+                for file in sizes
+            }
+            if all(owners.values()):
+                return name, seal, sizes, owners
     return None
 
 
@@ -461,11 +508,12 @@ def sum_over_clients(*terms):
     """Return the sums of `terms` (tensors or numbers) over the clients of the round, as float32 tensors.
 
     All of them in one all-reduce, in which every rank takes part. Summed in float64, which makes it irrelevant who
-    comes first, and so which rank plays which client. With a narrow --average_dtype, see `sum_narrow`, vectors are not
-    in it: every rank gets all clients' codes of its share of the coordinates, and adds up those.
+    comes first, and so which rank plays which client. Vectors are not in it with a narrow --average_dtype, where every
+    rank gets all clients' codes of its share of the coordinates and adds up those (`sum_codes`), nor with several
+    machines, of which each sends the sum of its clients (`sum_of_machines`).
     """
     terms = [torch.as_tensor(term) for term in terms]
-    exact, vectors = ([term for term in terms if is_narrow(term) == narrow] for narrow in (False, True))
+    exact, vectors = ([term for term in terms if is_apart(term) == apart] for apart in (False, True))
     sizes = [term.numel() for term in exact]
     number, outbox["calls"] = outbox["calls"], outbox["calls"] + 1
     first = number == len(outbox["sums"])
@@ -482,14 +530,20 @@ def sum_over_clients(*terms):
         term = torch.zeros_like(part) if outbox["silent"] else send([term.reshape(-1).to(sums.device)])[0]
         part.copy_(term) if first else part.add_(term)
     for i, vector in enumerate(vectors if not outbox["silent"] else []):
-        codes[i].append((outbox["client"], 1.0, *send(encode(vector, f"{number} {i}"))))
+        if machines["firsts"]:
+            vector = send([vector.reshape(-1).to(communication_device())])[0].double()
+            codes[i] = codes[i] + vector if len(codes[i]) else vector
+        else:
+            codes[i].append((outbox["client"], 1.0, *send(encode(vector, f"{number} {i}", outbox["dtype"]))))
     if not outbox["last"]:
         results = [torch.empty(term.shape, device="meta") for term in terms]
     else:
         if sizes:
             dist.all_reduce(sums)  # all ranks participate
-        exact, vectors = iter(sums.split(sizes)), iter(zip(codes, vectors))
-        results = [sum_narrow(*next(vectors)) if is_narrow(term) else next(exact).float() for term in terms]
+        add_up = sum_of_machines if machines["firsts"] else sum_codes
+        exact = iter(sums.split(sizes))
+        vectors = (add_up(part, len(v.view(-1)), f"{number} {i}") for i, (part, v) in enumerate(zip(codes, vectors)))
+        results = [next(vectors) if is_apart(term) else next(exact).float() for term in terms]
         results = [result.view_as(term) for result, term in zip(results, terms)]
     return results if len(results) > 1 else results[0]
 
@@ -504,7 +558,7 @@ def gather_shards(update, weight, sizes=None):
     if outbox["gathered"] != outbox["clients"]:
         raise RuntimeError("gather_shards may be called once a round: pass it all that is needed, as one vector")
     if not outbox["silent"]:
-        vector = encode(update, "all") if is_narrow(update) else [update]
+        vector = encode(update, "all", outbox["dtype"]) if is_narrow(update) else [update]
         outbox["updates"].append((outbox["client"], weight, *send(vector)))
     if not outbox["last"]:
         raise Sent
@@ -512,17 +566,34 @@ def gather_shards(update, weight, sizes=None):
     return exchange(outbox["updates"], sizes or even_sizes(update.numel()), dtype)
 
 
-def join_shards(values, sizes):
-    """Return the vector (P,) of which every rank has sizes[rank] coordinates; every rank takes part.
+def join_shards(values, sizes, group=None):
+    """Return the vector (P,) of which every rank has sizes[rank] coordinates; every rank of the group takes part.
 
-    It travels as float32, or with a narrow --average_dtype as bfloat16.
+    It travels as float32, or with a narrow --average_dtype as bfloat16; between machines only once.
     """
     flat = values.new_empty(sum(sizes), dtype=torch.float32 if outbox["dtype"] == "float32" else torch.bfloat16)
     parts = flat.split(sizes)
-    parts[dist.get_rank()].copy_(values)
-    for work in [dist.broadcast(part, src=rank, async_op=True) for rank, part in enumerate(parts) if len(part)]:
-        work.wait()  # all ranks participate
+    parts[dist.get_rank(group)].copy_(values)
+    if group or not machines["firsts"]:
+        spread(parts, group)
+        return flat.float()
+    of, here = machines["of"], machines["here"]
+    spread([part for part, machine in zip(parts, of) if machine == of[dist.get_rank()]], here)
+    if dist.get_rank(here) == 0:
+        stretches = [sum(size for size, its in zip(sizes, of) if its == machine) for machine in sorted(set(of))]
+        spread(flat.split(stretches), machines["firsts"])
+    dist.broadcast(flat, group=here, group_src=0)  # all ranks of this machine participate
     return flat.float()
+
+
+def spread(parts, group):
+    """Send the i-th part from the i-th rank of the group to the others."""
+    if group and group is machines["firsts"]:
+        own = parts[dist.get_rank(group)]
+        outbox["between"] += own.numel() * own.element_size() * (len(parts) - 1)
+    works = [dist.broadcast(p, group=group, group_src=i, async_op=True) for i, p in enumerate(parts) if len(p)]
+    for work in works:
+        work.wait()  # all ranks of the group participate
 
 
 def fedavg(update, weight, state):
@@ -654,9 +725,13 @@ AGGREGATORS = {
 # of this rank in the round under way: who is sending, how many clients have begun to, whether it is the last of them,
 # whether it has none that counts, how often the last has called `sum_over_clients` and all have `gather_shards`,
 # [senders, sum so far, codes] of each call of the one, and the updates for the other; --average_dtype, what rounding
-# has kept back of each client's vectors, and how many bytes of vectors they have sent
+# has kept back of each client's vectors, how many bytes of vectors they have sent, and how many have left the machine
 outbox = {"clients": 0, "sums": [], "updates": [], "gathered": 0, "dtype": "float32", "kept_back": {}, "bytes": 0}
+outbox["between"] = 0
+# the machine of every rank, and where these are several, the process groups of the ranks here and of the first of each
+machines = {"of": None, "here": None, "firsts": None}
 CODE_BLOCK = 1024  # numbers that share a scale in int8; shorter vectors are sent as they are
+CHUNK = 2**26  # bytes of a file that are sent at a time
 CODE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / CODE_BLOCK}  # of a number that a client sends
 BAD_RATIO = 1000
 BLOCK = 2**16  # coordinates that are sorted at a time
@@ -671,23 +746,61 @@ def communication_device():
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def even_sizes(total):
-    """Return how many of `total` coordinates each rank looks after."""
-    size, rest = divmod(total, dist.get_world_size())
-    return [size + (rank < rest) for rank in range(dist.get_world_size())]
+def set_machines(of):
+    """Say which machine each rank is on, as in [0, 0, 1, 1]; every rank takes part."""
+    machines.update(of=of, here=None, firsts=None)
+    if len(set(of)) > 1:
+        for machine in sorted(set(of)):  # all ranks make all groups
+            ranks = [rank for rank, its in enumerate(of) if its == machine]
+            group = dist.new_group(ranks)
+            machines["here"] = group if dist.get_rank() in ranks else machines["here"]
+        machines["firsts"] = dist.new_group([of.index(machine) for machine in sorted(set(of))])
 
 
-def exchange(updates, sizes, dtype="float32"):
-    """Give every rank its shard of all clients' vectors, by one all-to-all, in which every rank takes part.
+def share_files(folder, sizes, owners):
+    """Copy files from machine to machine: owners[name] lists those that have it, sizes[name] is in bytes.
+
+    The first rank of every machine takes part. Returns how many bytes travel.
+    """
+    number, here, sent = len(set(machines["of"])), machines["of"][dist.get_rank()], 0
+    for name in sorted(sizes, key=lambda name: (name == "manifest.json", name)):  # with which a checkpoint counts
+        source, lacking = owners[name][0], number - len(owners[name])
+        if not lacking:
+            continue
+        sent += sizes[name] * lacking
+        path, reads, writes = Path(folder, name), here == source, here not in owners[name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb" if writes else "rb") as file:
+            for begin in range(0, sizes[name], CHUNK):
+                content = torch.empty(min(CHUNK, sizes[name] - begin), dtype=torch.uint8)
+                if reads:
+                    file.readinto(content.numpy())
+                content = content.to(communication_device())
+                dist.broadcast(content, group=machines["firsts"], group_src=source)  # all firsts participate
+                if writes:
+                    file.write(content.cpu().numpy())
+        if writes:
+            flush(path)
+    return sent
+
+
+def even_sizes(total, group=None):
+    """Return how many of `total` coordinates each rank of the group looks after."""
+    size, rest = divmod(total, dist.get_world_size(group))
+    return [size + (rank < rest) for rank in range(dist.get_world_size(group))]
+
+
+def exchange(updates, sizes, dtype="float32", group=None):
+    """Give every rank its shard of all clients' vectors, by one all-to-all; every rank of the group takes part.
 
     `updates` holds (client, weight, vector) of this rank's clients, the vectors (P,) of `dtype`, with their scales
     behind them where that is int8. Returns (values, weights) as `gather_shards` does: rank r gets the r-th stretch,
     sizes[r] long, of each vector.
     """
-    everyone = [None] * dist.get_world_size()
+    everyone, rank = [None] * dist.get_world_size(group), dist.get_rank(group)
     own = [(client, weight, *scales) for client, weight, _, *scales in updates]
-    dist.all_gather_object(everyone, own)  # all ranks participate
-    mine, vectors = sizes[dist.get_rank()], [update[2] for update in updates]
+    dist.all_gather_object(everyone, own, group=group)  # all ranks participate
+    mine, vectors = sizes[rank], [update[2] for update in updates]
     if len(vectors) == 1:
         sent = vectors[0]
     else:
@@ -696,12 +809,15 @@ def exchange(updates, sizes, dtype="float32"):
         sent = torch.cat(parts or [empty])
     received = sent.new_empty(sum(map(len, everyone)) * mine)
     dist.all_to_all_single(  # all ranks participate
-        received, sent, [len(part) * mine for part in everyone], [len(updates) * size for size in sizes]
+        received, sent, [len(part) * mine for part in everyone], [len(updates) * size for size in sizes], group=group
     )
+    machine_of = range(len(sizes)) if group else machines["of"] or [0] * len(sizes)
+    leaving = sum(size for size, machine in zip(sizes, machine_of) if machine != machine_of[rank])
+    outbox["between"] += len(updates) * leaving * sent.element_size()
     clients, weights, *scales = zip(*(each for part in everyone for each in part))
     values, weights = received.view(len(clients), mine).float(), torch.tensor(weights, dtype=torch.float64)
     if scales:
-        first, skip = divmod(sum(sizes[: dist.get_rank()]), CODE_BLOCK)  # where the shard begins
+        first, skip = divmod(sum(sizes[:rank]), CODE_BLOCK)  # where the shard begins
         blocks = slice(first, first + (skip + mine) // CODE_BLOCK + 1)
         for value, scale in zip(values, scales[0]):
             value *= scale[blocks].to(values.device).repeat_interleave(CODE_BLOCK)[skip : skip + mine]
@@ -716,16 +832,21 @@ def is_narrow(term):
     return outbox["dtype"] != "float32" and term.numel() >= CODE_BLOCK
 
 
-def encode(vector, name):
+def is_apart(term):
+    """Whether a term is not in the all-reduce of a round's sums."""
+    return is_narrow(term) or bool(machines["firsts"]) and term.numel() >= CODE_BLOCK
+
+
+def encode(vector, name, dtype, sender=None):
     """Return a vector (P,) as --average_dtype says: bfloat16 codes, or int8 codes and the scale of each CODE_BLOCK.
 
-    What rounding keeps back is added to what the client sends by this name next time: error feedback, Seide et al.
-    2014 (Interspeech), Karimireddy et al. 2019 (arXiv:1901.09847).
+    What rounding keeps back is added to what the client, or another sender, sends by this name next time: error
+    feedback, Seide et al. 2014 (Interspeech), Karimireddy et al. 2019 (arXiv:1901.09847).
     """
-    kept_back, name = outbox["kept_back"].setdefault(outbox["client"], {}), f"{outbox['part']} {name}"
+    kept_back, name = outbox["kept_back"].setdefault(sender or outbox["client"], {}), f"{outbox['part']} {name}"
     vector = vector.reshape(-1).to(communication_device(), torch.float32)
     vector = vector + kept_back[name].to(vector.device) if name in kept_back else vector.clone()
-    if outbox["dtype"] == "bfloat16":
+    if dtype == "bfloat16":
         codes = [vector.bfloat16()]
         rounded = codes[0].float()
     else:
@@ -744,14 +865,40 @@ def send(parts):
     return parts
 
 
-def sum_narrow(updates, vector):
-    """Return the sum of all clients' codes, summed in float64, of a vector that is as long; every rank takes part."""
-    sizes = even_sizes(vector.numel())
-    values, _ = exchange(updates, sizes, outbox["dtype"])
+def sum_codes(updates, size, name, dtype=None, group=None):
+    """Return the sum (size,) of all clients' codes, summed in float64; every rank of the group takes part."""
+    sizes = even_sizes(size, group)
+    values, _ = exchange(updates, sizes, dtype or outbox["dtype"], group)
     sums = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
     for value in values:
         sums += value
-    return join_shards(sums, sizes)
+    return join_shards(sums, sizes, group)
+
+
+def sum_of_machines(vector, size, name, dtype=None):
+    """Return the sum (size,), float32, of the float64 vectors of all ranks ([]: none); every rank takes part.
+
+    Within each machine in float64; then each sends one stream, of numbers as --average_dtype says, to the others.
+    """
+    here, firsts = machines["here"], machines["firsts"]
+    if not len(vector):
+        vector = torch.zeros(size, dtype=torch.float64, device=communication_device())
+    dist.reduce(vector, group=here, group_dst=0)  # all ranks of this machine participate
+    total = torch.empty(size, device=vector.device)
+    if dist.get_rank(here) == 0:
+        dtype, machine = dtype or outbox["dtype"], dist.get_rank(firsts)
+        codes = [vector.float()] if dtype == "float32" else encode(vector, name, dtype, "machine")
+        total = sum_codes([(machine, 1.0, *codes)], size, name, dtype, firsts)
+    dist.broadcast(total, group=here, group_src=0)  # all ranks of this machine participate
+    return total
+
+
+def sum_over_ranks(vector, name):
+    """Return the sum, float32, of the float64 vectors (P,) of all ranks; every rank takes part."""
+    if machines["firsts"]:
+        return sum_of_machines(vector, len(vector), name, "float32")
+    dist.all_reduce(vector)
+    return vector.float()
 
 
 def find_bad_updates(norms):
