@@ -49,6 +49,7 @@ transformers.integrations.integration_utils.rewrite_logs = lambda logs: logs
 # several machines, between which they have to travel
 MEASURED_ADAPTERS, FEW_ADAPTERS = 16, 2
 BEAT, SILENCE = 5, 60  # seconds between signs of life of a machine; and without one, until it is taken for lost
+LAST_SECONDS = 10  # that a rank which torchrun ends, and kills after 30, waits for others, who may be dead
 # what a checkpoint holds of FederatedRounds, besides one file for each client
 SAVED = "start first_private control before rounds_done learning_rate".split()
 CHAT_TOKENS = 512  # of an answer to a question without a context, at most
@@ -472,6 +473,8 @@ class FederatedRounds(TrainerCallback):
                 return [json.loads(word) for word in words]
             if stopped:
                 self.stop()
+            if self.stopping and self.args.store and time.monotonic() > self.stopping + LAST_SECONDS:
+                raise SystemExit(utils.STOPPED, f"rank {self.rank} was ended by SIGTERM")
             if time.monotonic() > late:
                 missing = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
                 raise TimeoutError(
@@ -481,7 +484,7 @@ class FederatedRounds(TrainerCallback):
             pause = min(2 * pause, 0.02)
 
     def ask_to_stop(self, number, frame):
-        self.stopping = True
+        self.stopping = self.stopping or time.monotonic()
 
     def stop(self):
         """Save this rank in the middle of a round, and end it. The others do the same after their steps."""
@@ -490,8 +493,7 @@ class FederatedRounds(TrainerCallback):
         keys = [f"saved/{rank}" for rank in range(self.args.world_size)]
         self.store.set(keys[self.rank], json.dumps(self.save()))
         if self.rank in self.args.keepers:
-            # nobody tells whether another has died, if torchrun has started it
-            late = datetime.timedelta(seconds=10 if self.args.store else 60 * self.args.timeout)
+            late = datetime.timedelta(seconds=LAST_SECONDS if self.args.store else 60 * self.args.timeout)
             with contextlib.suppress(dist.DistStoreError):
                 self.store.wait(keys, late)
                 self.commit([json.loads(self.store.get(key)) for key in keys], f"round_{self.rounds_done:05d}_part")
