@@ -45,9 +45,9 @@ import utils
 trl.trainer.utils._use_triton = lambda device: True
 # trackers get our names as they are, client_3/train_loss; transformers would put "train/" in front of them
 transformers.integrations.integration_utils.rewrite_logs = lambda logs: logs
-# adapters of a round that are kept for the aggregation error; of more clients, only some of the layers; the few are for
-# several machines, between which they have to travel
-MEASURED_ADAPTERS, FEW_ADAPTERS = 16, 2
+# adapters of a round that are kept for the aggregation error, of more clients only some of the layers; and one layer in
+# so many is measured with several machines, between which they have to travel
+MEASURED_ADAPTERS, THINNED = 16, 8
 BEAT, SILENCE = 5, 60  # seconds between signs of life of a machine; and without one, until it is taken for lost
 LAST_SECONDS = 10  # that a rank which torchrun ends, and kills after 30, waits for others, who may be dead
 # what a checkpoint holds of FederatedRounds, besides one file for each client
@@ -384,7 +384,7 @@ class FederatedRounds(TrainerCallback):
         self.current = None  # the client whose moments are in the optimizer, and whose private tensors in the model
         self.several = args.machines[-1] > 0  # machines
         self.kept_back = {}  # what rounding to a narrow --average_dtype has kept back of the stream of this machine
-        every = -(-args.clients_per_round // (FEW_ADAPTERS if self.several else MEASURED_ADAPTERS))
+        every = -(-args.clients_per_round // MEASURED_ADAPTERS)
         self.measured = [p for i in range(0, len(self.lora), 2 * every) for p in self.lora[i : i + 2]]  # A and B
         self.number = self.rounds_done = self.meetings = 0  # number: the round under way, else 0
         self.turn, self.step = 0, None  # which turn is under way, or next; how many steps it has done, None before it
@@ -675,9 +675,8 @@ class FederatedRounds(TrainerCallback):
         self.forget(rejected)
         seconds["average"] = self.lap()
 
-        kept = [each for each in self.kept if each[0] not in rejected]
         due = self.is_due(number, args.eval_rounds) and not self.private
-        error = utils.product_error(kept, [p.shape for p in self.measured]) if due else None
+        error = self.measure_error([each for each in self.kept if each[0] not in rejected]) if due else None
         everyone = {
             "memory": peak_memory(),
             "shared": checksum(averaged),
@@ -719,6 +718,16 @@ class FederatedRounds(TrainerCallback):
             self.commit(parts, f"round_{number:05d}")
         if saved:
             self.meet()  # nobody begins another before this one is moved
+
+    def measure_error(self, kept):
+        """Return the aggregation error of (client, weight, adapter); every rank takes part."""
+        shapes = [parameter.shape for parameter in self.measured]
+        if self.several:
+            chosen = [i for i in range(len(shapes)) if i // 2 % THINNED == 0]  # A and B of a layer
+            parts = [(client, weight, adapter.split([s.numel() for s in shapes])) for client, weight, adapter in kept]
+            kept = [(client, weight, torch.cat([part[i] for i in chosen])) for client, weight, part in parts]
+            shapes = [shapes[i] for i in chosen]
+        return utils.product_error(kept, shapes)
 
     def reject(self, number, norms):
         """Return {client: what is wrong} of the updates that are left out; the same on all ranks."""

@@ -868,7 +868,9 @@ def join(flags, target):
             try:
                 args, token = lead(flags, store, machine, stack)
             except BaseException:
-                store.set("refused", f"machine {machine} ({socket.gethostname()})")  # the others wait for its word
+                with contextlib.suppress(dist.DistError):  # the others wait for its word
+                    store.set("refused", f"machine {machine} ({socket.gethostname()})")
+                    time.sleep(rank == 0)  # second: the store may be in this process
                 raise
         if args.resume_from == FINISHED:
             return push(args, token) if rank == 0 else None
@@ -938,6 +940,7 @@ def lead(flags, store, machine, stack):
             "finished": args.resume and is_finished(folder),
         },
     )
+    gather("heard", True)
     check_agreement(words)
     args.resume_from = None
     if common := utils.find_common([word["checkpoints"] for word in words]):
@@ -954,12 +957,11 @@ def lead(flags, store, machine, stack):
                 utils.write_aside(folder / log, text)
         if utils.round_of(args.resume_from) == args.num_rounds and any(word["finished"] for word in words):
             args.resume_from = FINISHED
-    if machine == 0:
-        done = "nothing to do: the run is finished" if args.resume_from == FINISHED else ""
-        start = f"resuming {whereabouts(args.resume_from)} of {args.num_rounds}" if args.resume_from else ""
-        print(
-            "\n".join(filter(None, [done or start, *([] if done else [report.partition_table(partition)])])), flush=True
-        )
+    if machine == 0 and args.resume_from == FINISHED:
+        print(f"nothing to do: the run in {folder} is finished", flush=True)
+    elif machine == 0:
+        start = f"resuming {whereabouts(args.resume_from)} of {args.num_rounds}\n" if args.resume_from else ""
+        print(f"{start}{report.partition_table(partition)}", flush=True)
     if own_disk and args.resume_from != FINISHED:
         mine = words[machine]["checkpoints"]
         torn = [n for n, (own, *_) in mine.items() if common and n == common[0] and own != common[1]]
@@ -972,24 +974,29 @@ def lead(flags, store, machine, stack):
 
 def check_agreement(words):
     """Refuse machines that would train on other rows, another model, or with other flags."""
-    for what, flag in (("rows", "--dataset_path"), ("model", "--model_name")):
-        if len({word[what] for word in words}) > 1:
-            found = ", ".join(f"machine {i} ({word['host']}) {word[what][:8]}" for i, word in enumerate(words))
-            fail(f"{flag} is not the same {what} on all machines, by its digest: {found}")
+
+    def fail_where_different(values, what):
+        if len({json.dumps(value) for value in values}) > 1:
+            found = [f"machine {i} ({word['host']}) {value}" for i, (word, value) in enumerate(zip(words, values))]
+            fail(f"{what} on all machines: {', '.join(found)}")
+
     for name in words[0]["flags"]:
-        if len({json.dumps(word["flags"][name]) for word in words}) > 1:
-            found = ", ".join(f"machine {i} ({word['host']}) {word['flags'][name]}" for i, word in enumerate(words))
-            fail(f"--{name} is not the same on all machines: {found}")
+        fail_where_different([word["flags"][name] for word in words], f"--{name} is not the same")
+    for what, flag in (("rows", "--dataset_path"), ("model", "--model_name")):
+        fail_where_different([word[what][:8] for word in words], f"{flag}: the digest of the {what} is not the same")
 
 
 def await_word(store, key):
-    """Return what a machine says by `key`; ends the program when one has refused to go on."""
-    while not store.check([key]):
-        if store.check(["refused"]):
-            print(f"main.py: {store.get('refused').decode()} does not go on; see what it says", file=sys.stderr)
-            raise SystemExit(1)
-        time.sleep(0.05)
-    return json.loads(store.get(key))
+    """Return what a machine says by `key`; ends the program when one has refused to go on, or is gone."""
+    who = "machine 0"  # or whoever has the store
+    with contextlib.suppress(dist.DistError):
+        while not store.check([key]) and not store.check(["refused"]):
+            time.sleep(0.05)
+        if store.check([key]):
+            return json.loads(store.get(key))
+        who = store.get("refused").decode()
+    print(f"main.py: {who} does not go on; see what it says", file=sys.stderr)
+    raise SystemExit(1)
 
 
 def open_store(rank):

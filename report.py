@@ -100,7 +100,8 @@ def print_header(args, data, shared, client_bytes, model_bytes):
         f"  rounds     {args.num_rounds} x {args.local_steps} local steps x {batch} rows",
         f"  shared     {shared:,} LoRA parameters, {megabytes:.1f} MB per client and round, "
         + ", ".join([args.aggregator, *[f"variant {args.lora_variant}"] * (args.lora_variant != "lora"), *extras]),
-        f"  device     {device}, {args.backend}, {args.world_size} rank(s)",
+        f"  device     {device}, {args.backend}, {args.world_size} rank(s)"
+        + (f" on {args.machines[-1] + 1} machines" if args.machines[-1] else ""),
     ]
     if 0 < args.num_gpus < args.world_size:
         lines.append(

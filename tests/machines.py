@@ -75,14 +75,18 @@ class Machines:
         self.processes.append(process)
         return process
 
-    def torchrun(self, i, *flags, nodes=None, ranks=1, store=None, script=ROOT / "main.py", more=(), conf="", **popen):
-        """Start torchrun on machine `i`; machine 0 has the store in which they meet, or `store`."""
+    def torchrun(self, i, *flags, nodes=None, ranks=1, store=None, sharing=False, more=(), conf="", script="main.py"):
+        """Start torchrun on machine `i`; machine 0 has the store in which they meet, or `store`.
+
+        Without `sharing`, rank 0 has a store of its own for the ranks, else they share one with the agents.
+        """
         meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", store or f"{self.address(0)}:29400", "--rdzv_id", self.tag]
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes or len(self.names), *meet]
         host = f"is_host={int(i == 0 and not store)}"  # which it finds out by names, and these machines have none
         command += ["--rdzv_conf", ",".join(filter(None, [host, conf])), "--local_addr", self.address(i)]
-        command += ["--nproc_per_node", ranks, *more, script, *flags]
-        return self.start(i, *command, **popen)
+        command += ["--nproc_per_node", ranks, *more, ROOT / script, *flags]
+        environment = {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(not sharing))}
+        return self.start(i, *command, env=os.environ | environment)
 
     def close(self):
         for process in self.processes:

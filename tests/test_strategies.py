@@ -103,6 +103,41 @@ def test_all_ranks_agree_whoever_plays_whom(results, tmp_path_factory):
     assert results[0]["error"] == pytest.approx(two[0]["error"], rel=1e-6)
 
 
+@pytest.fixture(scope="module")
+def on_machines(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("machines"), 5, "machines")
+
+
+def test_three_machines(results, on_machines):
+    """Who averages coordinate by coordinate gets the same bits; sums between machines are rounded to float32."""
+    exact = ("median", "trimmed_mean", "krum")
+    for name, value in CASES.items():
+        if name != "none":
+            for other in on_machines:
+                assert all(map(torch.equal, other["averages"][name], on_machines[0]["averages"][name]))
+                for mine, theirs in zip(results[0]["averages"][name], other["averages"][name]):
+                    assert (mine - theirs).norm() <= (0 if value["aggregate"] in exact else 1e-6) * mine.norm(), name
+    assert results[0]["error"] == pytest.approx(on_machines[0]["error"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "bytes_sent"), [("float32", 1e-6, 4 + 4), ("bfloat16", 2e-2, 2 + 2), ("int8", 5e-2, 1 + 2)]
+)
+def test_streams_between_machines(on_machines, dtype, tolerance, bytes_sent):
+    """Every machine sends 2/3 of its sum, and 1/3 of the total to 2; what is rounded off comes in later rounds."""
+    updates = torch.randn(6, 3000, generator=torch.Generator().manual_seed(4)).double()
+    weights = torch.arange(1.0, 7.0, dtype=torch.float64)
+    mean = (weights[:, None] * updates).sum(0) / weights.sum()
+    averages, _ = on_machines[0]["streams"][dtype]
+    for other in on_machines[1:]:
+        assert all(map(torch.equal, averages, other["streams"][dtype][0]))
+    assert all((average - mean).norm() / mean.norm() < tolerance for average in averages)
+    error = (torch.stack(averages).double().mean(0) - mean).norm() / mean.norm()
+    assert error < max(1e-6, (averages[0] - mean).norm() / mean.norm() / 2)
+    sent = [rank["streams"][dtype][1] for rank in on_machines]
+    assert sent[1] == sent[3] == 0 and sum(sent) == 20 * 3000 * 2 * bytes_sent
+
+
 def test_one_all_reduce_of_the_update_and_the_weight(results):
     assert results[0]["calls"] == [("all_reduce", 5)] * 2
 

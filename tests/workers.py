@@ -198,7 +198,8 @@ def two_sums(update, weight, state):
 def strategies_rank(rank, folder, cases, world_size, layout):
     """Average the clients of every case, round by round; writes down the averages, and the aggregation error.
 
-    Client k is played by rank k % world_size, or by another (`shuffled`), or by rank 0 whatever k is (`idle`).
+    Client k is played by rank k % world_size, or by another (`shuffled`), or by rank 0 whatever k is (`idle`). With
+    `machines`, ranks 0 and 1 are on one, 2 and 3 on another, and 4 on a third.
     """
     import federated
 
@@ -207,6 +208,10 @@ def strategies_rank(rank, folder, cases, world_size, layout):
         "gloo", store=dist.FileStore(f"{folder}/store", world_size), rank=rank, world_size=world_size
     )
     result = {"averages": {}}
+    if layout == "machines":
+        utils.set_machines([0, 0, 1, 1, 2])
+        utils.CODE_BLOCK = 2  # that short vectors take this way, too
+        result["streams"] = average_by_streams(rank)
     note_collectives(calls := [])
     offset = world_size - 1 if layout == "shuffled" else 0
     for name, case in cases.items():
@@ -236,6 +241,21 @@ def strategies_rank(rank, folder, cases, world_size, layout):
             result["error"] = utils.product_error(clients, [torch.Size(shape) for shape in case["shapes"]])
     torch.save(result, f"{folder}/strategies_{rank}.pt")
     dist.destroy_process_group()
+
+
+def average_by_streams(rank):
+    """Average the same 6 clients in 20 rounds; returns the averages and the bytes between machines, by dtype."""
+    results = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        kept_back, averages, model = {"machine": {}}, [], torch.nn.ParameterList([torch.zeros(3000)])
+        updates = torch.randn(6, 3000, generator=torch.Generator().manual_seed(4))
+        clients = [(k, 1.0 + k, updates[k]) for k in ([0, 5] if rank == 0 else [rank])]
+        utils.outbox["between"] = 0
+        for _ in range(20):
+            start = torch.zeros(3000)
+            averages.append(utils.federated_average(model, 5, start, clients, dtype=dtype, kept_back=kept_back))
+        results[dtype] = averages, utils.outbox["between"]
+    return results
 
 
 def troubled_rank(trouble, victim, rank, args):

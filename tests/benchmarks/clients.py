@@ -30,14 +30,14 @@ def timed_rank(rank, args):
             super().enter(client)
             entering.append(time.perf_counter() - start)
 
-        def begin_turn(self, index):
-            super().begin_turn(index)
+        def begin_turn(self):
+            super().begin_turn()
             self.began = time.perf_counter()
 
-        def finish_turn(self, index):
+        def finish_turn(self):
             turns.append((start := time.perf_counter()) - self.began)
-            super().finish_turn(index)
-            if index % 2 == 0:  # the first of two clients: puts its update into a file
+            super().finish_turn()
+            if self.turn % 2 == 1:  # the first of two clients: puts its update into a file
                 leaving.append(time.perf_counter() - start)
 
     federated.FederatedRounds = TimedRounds

@@ -1,0 +1,106 @@
+"""What machines send each other, and how long it takes. python tests/benchmarks/network.py
+
+Network namespaces as machines, no faster than a rate set by tc tbf; needs root, ip and tc. Gloo, on the CPU.
+1. One average of 2.6 M numbers, 2 machines of 4 ranks with a client each: by one flat all-reduce, and by machines.
+2. Seconds a round of the embedded model with --lora_r 256, also 2.6 M, 2 machines of a rank each.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import torch
+import torch.distributed as dist
+
+import main
+import utils
+
+RATES = {"100mbit": 1e8, "1gbit": 1e9, "10gbit": 1e10}
+DTYPES = {"float32": 4 + 4, "bfloat16": 2 + 2, "int8": 1 + 2}  # bytes a number: of a machine's sum, and of the total
+SIZE, REPEATS = 2_621_440, 5
+
+
+def time_average(rank, args):
+    """Medians of seconds to average, on one rank of torchrun."""
+    dist.init_process_group("gloo", store=args.store, rank=rank, world_size=args.world_size)
+    torch.set_num_threads(1)
+    utils.set_machines(args.machines)
+    flat = torch.randn(SIZE, dtype=torch.float64)
+    model, update, start = torch.nn.ParameterList([torch.zeros(SIZE)]), torch.randn(SIZE), torch.zeros(SIZE)
+
+    def timed(function):
+        seconds = []
+        for _ in range(REPEATS):
+            dist.barrier()
+            begin = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds)
+
+    def average(dtype, kept_back):
+        clients = [(rank, 1.0, update)]
+        utils.federated_average(model, args.world_size, start, clients, dtype=dtype, kept_back=kept_back)
+
+    results = {"flat": timed(lambda: dist.all_reduce(flat))}
+    results |= {dtype: timed(lambda dtype=dtype: average(dtype, {})) for dtype in DTYPES}
+    if rank == 0:
+        Path(args.output_dir, "times.json").write_text(json.dumps(results))
+    dist.barrier()
+
+
+def run(rate, ranks, flags, script="main.py"):
+    """Run two machines; returns the folder's content that is asked for, and what they have sent."""
+    from machines import machines
+
+    with tempfile.TemporaryDirectory() as folder, machines(2) as both:
+        if rate:
+            both.limit(rate)
+        started = [both.torchrun(i, *flags, "--output_dir", folder, ranks=ranks, script=script) for i in (0, 1)]
+        for process in started:
+            output = process.communicate()[0]
+            assert process.returncode == 0, output
+        times = Path(folder, "times.json")
+        return json.loads(times.read_text()) if times.exists() else utils.read_rounds(folder), both.sent(0)
+
+
+def compare_averages():
+    print("| rate | flat all-reduce, float64, s | by machines: float32, s | bfloat16, s | int8, s |")
+    print("|---|---|---|---|---|")
+    for rate, bits in RATES.items():
+        times, _ = run(rate, 4, [], "tests/benchmarks/network.py")
+        formula = {"flat": 2 * 7 / 8 * 8, **{dtype: number / 2 for dtype, number in DTYPES.items()}}
+        cells = [f"{times[name]:.2f} ({8 * SIZE * formula[name] / bits:.2f})" for name in ("flat", *DTYPES)]
+        print(f"| {rate} | {' | '.join(cells)} |", flush=True)
+
+
+def time_rounds():
+    flags = "--num_clients 2 --lora_r 256 --num_rounds 5 --local_steps 4 --eval_rounds 5 --save_rounds 5".split()
+    print("\n| rate | dtype | local, s | average, s | formula, s | reported MB a round | on the wire, of reported |")
+    print("|---|---|---|---|---|---|---|")
+    for rate, bits in RATES.items():
+        for dtype, number in DTYPES.items():
+            rounds, sent = run(rate, 1, [*flags, "--average_dtype", dtype])
+            local, average = (
+                statistics.median(entry["seconds"][name] for entry in rounds[:-1]) for name in ("local", "average")
+            )
+            reported = [entry["bytes_between_machines"] for entry in rounds]
+            print(
+                f"| {rate} | {dtype} | {local:.2f} | {average:.2f} | {8 * SIZE * number / 2 / bits:.2f} "
+                f"| {reported[0] / 1e6:.1f} | {2 * sent / sum(reported):.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    import os
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        main.main(target=time_average)
+    else:
+        compare_averages()
+        time_rounds()
