@@ -49,6 +49,7 @@ transformers.integrations.integration_utils.rewrite_logs = lambda logs: logs
 # so many is measured with several machines, between which they have to travel
 MEASURED_ADAPTERS, THINNED = 16, 8
 BEAT, SILENCE = 5, 60  # seconds between signs of life of a machine; and without one, until it is taken for lost
+LEAVING = threading.Event()  # of this rank; then others may be gone
 LAST_SECONDS = 10  # that a rank which torchrun ends, and kills after 30, waits for others, who may be dead
 # what a checkpoint holds of FederatedRounds, besides one file for each client
 SAVED = "start first_private control before rounds_done learning_rate".split()
@@ -494,9 +495,10 @@ class FederatedRounds(TrainerCallback):
         self.store.set(keys[self.rank], json.dumps(self.save()))
         if self.rank in self.args.keepers:
             late = datetime.timedelta(seconds=LAST_SECONDS if self.args.store else 60 * self.args.timeout)
-            with contextlib.suppress(dist.DistStoreError):
+            with contextlib.suppress(dist.DistError):
                 self.store.wait(keys, late)
                 self.commit([json.loads(self.store.get(key)) for key in keys], f"round_{self.rounds_done:05d}_part")
+        LEAVING.set()
         if self.args.store and not self.stopping:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(30)  # torchrun is about to end this rank, too, and takes an end before that for a failure
@@ -1189,6 +1191,7 @@ def local_train(rank, args):
     elif rank in args.keepers:
         shutil.rmtree(rounds.staging, ignore_errors=True)  # the model is on rank 0's disk
     rounds.meet()  # nobody leaves before it is there
+    LEAVING.set()
     dist.destroy_process_group()
     if ended:
         raise SystemExit(3, ended)
@@ -1203,7 +1206,7 @@ def watch_machines(rank, args):
     firsts = [args.machines.index(machine) for machine in range(args.machines[-1] + 1)]
     heard, store = {}, args.store.clone()
     try:
-        while True:
+        while not LEAVING.wait(BEAT):
             store.set(f"alive/{rank}", str(time.time_ns()))
             for other in (first for first in firsts if first != rank and store.check([f"alive/{first}"])):
                 word = store.get(f"alive/{other}")
@@ -1211,10 +1214,10 @@ def watch_machines(rank, args):
                     heard[other] = word, time.monotonic()
                 elif time.monotonic() - heard[other][1] > SILENCE:
                     raise TimeoutError(f"no sign of machine {args.machines[other]} for {SILENCE} seconds")
-            time.sleep(BEAT)
     except Exception as error:  # the store is gone, too, where that machine had it
-        print(f"main.py: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        if not LEAVING.is_set():
+            print(f"main.py: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def client_bytes(args, rounds):

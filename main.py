@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import datetime
 import errno
 import fcntl
 import importlib.metadata
@@ -875,12 +876,18 @@ def join(flags, target):
         if args.resume_from == FINISHED:
             return push(args, token) if rank == 0 else None
         args.store = store
+        code = 0
         try:
             target(rank, args)
         except SystemExit as error:  # (code, why), the same on all ranks
             code, text = error.code
             if rank == 0:
                 print(f"main.py: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(dist.DistError):
+            store.set(f"left/{rank}", "")
+            if rank == 0:  # leaves last, as the store may be in this process
+                store.wait([f"left/{other}" for other in range(args.world_size)], datetime.timedelta(seconds=10))
+        if code:
             sys.exit(code)
         if rank == 0:
             push(args, token)
@@ -1038,16 +1045,21 @@ def serve_rendezvous(endpoint):
 
 
 def find_interface(address):
-    """Return the name of the network interface by which this machine reaches `address`."""
+    """Return the name of the network interface by which this machine reaches `address`, loopback if it is alone."""
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        return "lo"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((socket.gethostbyname(address), 9))  # sends nothing
+        try:
+            probe.connect((socket.gethostbyname(address), 9))  # sends nothing
+        except OSError as error:
+            fail(f"{address}, as torchrun calls the first machine, is unknown here ({error}): give it --local_addr")
         own = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # it has no address
                 request = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
                 if socket.inet_ntoa(request[20:24]) == own:
                     break
-    if own.startswith("127.") and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+    if own.startswith("127."):
         fail(f"{address} is this machine only to itself: give torchrun --local_addr and an address that all can reach")
     return name
 

@@ -10,6 +10,9 @@ import uuid
 from conftest import ROOT
 
 
+os.environ["PATH"] += ":/usr/sbin:/sbin"  # where ip and tc are, which the PATH of a user may lack
+
+
 def ip(*words, namespace=None):
     command = [*(["ip", "netns", "exec", namespace] if namespace else []), *map(str, words)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -60,10 +63,30 @@ class Machines:
                 queue = ("tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
                 ip("tc", "qdisc", "replace", "dev", device, "root", *queue, namespace=namespace)
 
+    def disturb(self, milliseconds, loss):
+        """Make what the two machines send each other arrive later, and `loss` percent of the packets not at all."""
+        try:
+            for i in range(2):
+                queue = ("netem", "delay", f"{milliseconds}ms", "loss", f"{loss}%")
+                ip("tc", "qdisc", "replace", "dev", f"port{i}", "root", *queue, namespace=self.switch)
+        except subprocess.CalledProcessError:  # this kernel has no netem
+            for i, name in enumerate(self.names):
+                ip("ip", "link", "set", f"port{i}", "nomaster", namespace=self.switch)
+                ip(sys.executable, ROOT / "tests" / "wire.py", "eth0", namespace=name)
+            script = (sys.executable, ROOT / "tests" / "wire.py")
+            wire = self.start(None, *script, "port0", "port1", milliseconds / 1000, loss / 100)
+            assert wire.stdout.readline() == "ready\n"
+
     def sent(self, i):
         """Return how many bytes machine `i` has sent, with all headers."""
         statistics = ip("cat", "/sys/class/net/eth0/statistics/tx_bytes", namespace=self.names[i])
         return int(statistics)
+
+    def round_trip(self):
+        """Return how many seconds machine 0 waits until machine 1 has refused a connection."""
+        script = "import socket, sys, time; t = time.time(); socket.socket().connect_ex((sys.argv[1], 9)); "
+        command = (sys.executable, "-c", f"{script}print(time.time() - t)", self.address(1))
+        return float(ip(*command, namespace=self.names[0]))
 
     def start(self, i, *command, **popen):
         """Start a command on machine `i`, or on the switch (None)."""

@@ -184,6 +184,19 @@ def test_cut_for_20_seconds(two_machines, small_inputs, tmp_path):
     assert number < 12 and digests(tmp_path) == digests(two_machines[0] / "0")
 
 
+def test_far_apart_over_a_bad_line(two_machines, small_inputs, tmp_path):
+    """100 ms there and back, and 1% of the packets are lost."""
+    with machines(2) as both:
+        both.disturb(50, 1)
+        assert both.round_trip() > 0.1
+        started = [both.torchrun(i, *FLAGS, *small_inputs, "--output_dir", tmp_path / f"{i}") for i in (0, 1)]
+        end(started, timeout=280)
+    assert digests(tmp_path / "0") == digests(two_machines[0] / "0")
+    far, near = (utils.read_rounds(folder / "0") for folder in (tmp_path, two_machines[0]))
+    assert [r["bytes_between_machines"] for r in far] == [r["bytes_between_machines"] for r in near]
+    assert all(r["seconds"]["average"] > 0.1 for r in far)
+
+
 def test_cut_for_good(one_machine, small_inputs, tmp_path):
     (tmp_path / "impatient.py").write_text(SHORT_SILENCE)
     with machines(2) as both:
