@@ -9,7 +9,6 @@ import uuid
 
 from conftest import ROOT
 
-
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # where ip and tc are, which the PATH of a user may lack
 
 
