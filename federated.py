@@ -713,7 +713,7 @@ class FederatedRounds(TrainerCallback):
             sizes = [{name: size for name, (size, _) in part["files"].items()} for part in parts]
             copied = self.copy_files(Path(args.output_dir, "checkpoints", "staging"), sizes)
         seconds["save"] = self.lap()
-        if self.rank == 0:
+        if self.rank in args.keepers:
             between = sum(by_name("between", ranks)) + (copied if saved else 0)
             self.log(number, ranks, clients, list(rejected), sent, between, norm, error, seconds, averaged)
         if saved and self.rank in args.keepers:
@@ -857,17 +857,17 @@ class FederatedRounds(TrainerCallback):
                 self.kept.append((client, weight, content["kept"].to(device)))
         streams = sorted(checkpoint.glob("machine_*.pt"))
         if self.several and self.rank == self.args.machines.index(machine := self.args.machines[self.rank]):
-            if len(streams) != self.args.machines[-1] + 1:  # to other machines: what was kept back goes to the first
-                streams = streams if machine == 0 else []
-            else:
-                streams = streams[machine : machine + 1]
+            if len(streams) == self.args.machines[-1] + 1:
+                streams = [checkpoint / f"machine_{machine}.pt"]
+            elif machine > 0:  # of more or fewer machines, what was kept back goes to the first
+                streams = []
             for kept_back in (torch.load(path, weights_only=True, map_location="cpu") for path in streams):
                 self.kept_back |= {name: self.kept_back.get(name, 0) + kept for name, kept in kept_back.items()}
         if utils.read_progress(checkpoint)[1]:
             self.number = self.rounds_done + 1
 
     def log(self, number, ranks, clients, rejected, sent, between, norm, error, seconds, averaged):
-        """Collect what round `number` has to say, for trackers and for `write`; rank 0 alone."""
+        """Collect what round `number` has to say, for trackers and for `write`; one rank for each disk does it."""
         data = self.data
         drift = {int(client): value for rank in ranks for client, value in rank["drift"].items()}
         good = [client for client in clients if client["client"] not in rejected]
@@ -895,7 +895,7 @@ class FederatedRounds(TrainerCallback):
             else:
                 losses, tokens = zip(*by_name("global", ranks))
                 entry["eval_loss"] = sum(losses) / sum(tokens)
-        if self.args.report_to != "none":
+        if self.args.report_to != "none" and self.rank == 0:
             self.track(entry, clients)
         self.written.result()
         # aside from the training: hashing 168 MB, the LoRA of an 8 B model, takes 0.2 s
@@ -936,7 +936,7 @@ class FederatedRounds(TrainerCallback):
             )
 
     def say(self, text):
-        if not self.args.quiet:
+        if not self.args.quiet and self.rank == 0:
             self.bar.write(text)
 
     def lap(self):
@@ -950,7 +950,8 @@ class FederatedRounds(TrainerCallback):
         """Check what can be known before the first step; every rank takes part."""
         wrapped = self.trainer.model_wrapped
         mine = {
-            "wrapped": type(wrapped._orig_mod if self.args.torch_compile else wrapped).__name__,
+            # without a turn left, nothing is trained, nor compiled
+            "wrapped": type(wrapped._orig_mod if self.args.torch_compile and self.data.turns else wrapped).__name__,
             "processes": self.trainer.accelerator.num_processes,
             # on resume, what is private differs
             "start": digest(self.start if self.args.resume_from else utils.flatten_parameters(self.lora)),
@@ -1143,7 +1144,7 @@ def local_train(rank, args):
         timeout=datetime.timedelta(minutes=args.timeout),
         device_id=device if args.backend == "nccl" else None,
     )
-    utils.set_machines(args.machines)
+    utils.set_machines(args.machines, datetime.timedelta(minutes=args.timeout))
     if args.machines[-1] > 0 and rank == args.machines.index(args.machines[rank]):
         threading.Thread(target=watch_machines, args=(rank, args), daemon=True).start()
         if args.missing:
@@ -1204,9 +1205,11 @@ def watch_machines(rank, args):
     would do so for --timeout minutes.
     """
     firsts = [args.machines.index(machine) for machine in range(args.machines[-1] + 1)]
-    heard, store = {}, args.store.clone()
+    heard, store, beat = {}, args.store.clone(), [time.monotonic()]
+    threading.Thread(target=watch_store, args=(beat,), daemon=True).start()
     try:
         while not LEAVING.wait(BEAT):
+            beat[0] = time.monotonic()
             store.set(f"alive/{rank}", str(time.time_ns()))
             for other in (first for first in firsts if first != rank and store.check([f"alive/{first}"])):
                 word = store.get(f"alive/{other}")
@@ -1217,6 +1220,14 @@ def watch_machines(rank, args):
     except Exception as error:  # the store is gone, too, where that machine had it
         if not LEAVING.is_set():
             print(f"main.py: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def watch_store(beat):
+    """End this rank when the thread that talks to the store has waited for it for SILENCE seconds."""
+    while not LEAVING.wait(BEAT):
+        if time.monotonic() - beat[0] > SILENCE + BEAT:
+            print(f"main.py: no answer from the store of machine 0 for {SILENCE} seconds", file=sys.stderr, flush=True)
             os._exit(1)
 
 

@@ -94,6 +94,7 @@ NOT_MATHEMATICS = """output_dir eval_rounds save_rounds report_to restarts timeo
 world_size machines""".split()
 NOT_IN_CONFIG = """hf_token overwrite resume dry_run compare repeats arms ask context merge push_to_hub quiet
 command rendezvous store resume_from keepers sharing missing""".split()
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # in the environment, for which ranks have no use
 ALONE = "compare dry_run ask merge overwrite restarts rendezvous".split()  # flags of what torchrun does not start
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
 *.torn loss.png runs samples.json merged_model summary.json partition.json config.json""".split()  # see --overwrite
@@ -187,7 +188,7 @@ def parse_args(argv=None):
 
     args.command, args.arms = None, find_arms(args.compare)
     args.hf_token = (args.hf_token or os.environ.get("HF_TOKEN", "")).strip() or None
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # the ranks have no use for it
+    for name in TOKENS:
         os.environ.pop(name, None)
     if args.hf_token and not re.fullmatch(r"[!-~]+", args.hf_token):
         fail("the token in --hf_token or HF_TOKEN has characters that no token has; copy it again")
@@ -677,7 +678,8 @@ def run_rank(rank, args):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.num_gpus)))
         local_rank = rank - args.machines.index(args.machines[rank])
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank % args.num_gpus]  # before CUDA is touched
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, and nobody else has to see them
+    # where `join` has not said otherwise, all ranks are on this machine, and nobody else has to see them
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{args.output_dir}/runs")  # not beside the checkpoints
     from federated import local_train
@@ -859,11 +861,14 @@ def join(flags, target):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # an agent that is killed leaves nobody
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))  # of Ctrl-C, torchrun sends that
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface := find_interface(os.environ["MASTER_ADDR"]))
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    if not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} <= set(os.environ):
+        interface = find_interface(os.environ["MASTER_ADDR"])
+        os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} | os.environ
     store = open_store(rank)
     with contextlib.ExitStack() as stack:
         if local_rank:
+            for name in TOKENS:
+                os.environ.pop(name, None)
             args = argparse.Namespace(**await_word(store, f"args/{machine}"))
         else:
             try:
@@ -874,7 +879,7 @@ def join(flags, target):
                     time.sleep(rank == 0)  # second: the store may be in this process
                 raise
         if args.resume_from == FINISHED:
-            return push(args, token) if rank == 0 else None
+            return None if local_rank else push(args, token)
         args.store = store
         code = 0
         try:
@@ -899,12 +904,13 @@ def lead(flags, store, machine, stack):
     Returns (args, token); what is to be undone at the end goes on `stack`.
     """
     args, number = parse_args(flags), int(os.environ["GROUP_WORLD_SIZE"])
+    rows, held_out = find_rows(args)
     folder = Path(args.output_dir)
 
     def gather(key, word):
         """Return the words of all machines; their first ranks take part."""
         store.set(f"{key}/{machine}", json.dumps(word))
-        return [await_word(store, f"{key}/{other}") for other in range(number)]
+        return [await_word(store, f"{key}/{other}", args.timeout) for other in range(number)]
 
     args.machines = sum(([i] * size for i, size in enumerate(gather("size", int(os.environ["LOCAL_WORLD_SIZE"])))), [])
     mark = None
@@ -921,10 +927,9 @@ def lead(flags, store, machine, stack):
     args.keepers = [args.machines.index(disk) for disk in sorted(set(disks))]
     args.sharing = [[i for i, disk in enumerate(disks) if disk == own] for own in disks]
 
-    rows, held_out = find_rows(args)
     model_path, config, tokenizer = find_model(args)
     token, args.hf_token = args.hf_token, None
-    if args.push_to_hub and machine == 0:
+    if args.push_to_hub and own_disk:
         args.push_to_hub = make_repository(args.push_to_hub, token)
     data = stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".prepared-"))
     partition = prepare_data(args, rows, held_out, tokenizer, data)
@@ -955,20 +960,25 @@ def lead(flags, store, machine, stack):
         args.resume_from = folder / "checkpoints" / name
         if any(len(machines) < number for machines in owners.values()):
             args.missing = [sizes, owners]
-        # the rounds so far, for whoever is rank 0 now
+        # the rounds so far, for a machine that was not there
         source = max(range(number), key=lambda i: (words[i]["rounds"], -i))
         if machine == source:
             store.set("logs", json.dumps({name: (folder / name).read_text(encoding="utf-8") for name in logs}))
-        if machine == 0 and disks[source]:
-            for log, text in await_word(store, "logs").items():
+        if own_disk and words[machine]["rounds"] < words[source]["rounds"]:
+            for log, text in await_word(store, "logs", args.timeout).items():
                 utils.write_aside(folder / log, text)
-        if utils.round_of(args.resume_from) == args.num_rounds and any(word["finished"] for word in words):
+        finished = [i for i, word in enumerate(words) if word["finished"]]
+        if utils.round_of(args.resume_from) == args.num_rounds and finished:
             args.resume_from = FINISHED
+            if machine != finished[0]:
+                args.push_to_hub = None
     if machine == 0 and args.resume_from == FINISHED:
-        print(f"nothing to do: the run in {folder} is finished", flush=True)
+        place = f"machine {finished[0]} ({words[finished[0]]['host']})"
+        print(f"nothing to do: the run is finished, and its model in {folder} on {place}", flush=True)
     elif machine == 0:
-        start = f"resuming {whereabouts(args.resume_from)} of {args.num_rounds}\n" if args.resume_from else ""
-        print(f"{start}{report.partition_table(partition)}", flush=True)
+        start = f"resuming {whereabouts(args.resume_from)} of {args.num_rounds}" if args.resume_from else ""
+        table = "" if args.quiet else report.partition_table(partition)
+        print("\n".join(filter(None, (start, table))), flush=True)
     if own_disk and args.resume_from != FINISHED:
         mine = words[machine]["checkpoints"]
         torn = [n for n, (own, *_) in mine.items() if common and n == common[0] and own != common[1]]
@@ -993,16 +1003,18 @@ def check_agreement(words):
         fail_where_different([word[what][:8] for word in words], f"{flag}: the digest of the {what} is not the same")
 
 
-def await_word(store, key):
+def await_word(store, key, minutes=float("inf")):
     """Return what a machine says by `key`; ends the program when one has refused to go on, or is gone."""
-    who = "machine 0"  # or whoever has the store
+    problem, late = "machine 0 does not go on; see what it says", time.monotonic() + 60 * minutes  # it has the store
     with contextlib.suppress(dist.DistError):
-        while not store.check([key]) and not store.check(["refused"]):
+        while not store.check([key]) and not store.check(["refused"]) and time.monotonic() < late:
             time.sleep(0.05)
         if store.check([key]):
             return json.loads(store.get(key))
-        who = store.get("refused").decode()
-    print(f"main.py: {who} does not go on; see what it says", file=sys.stderr)
+        problem = f"no word from machine {key.split('/')[-1]} for {minutes:g} minutes (--timeout)"
+        if store.check(["refused"]):
+            problem = f"{store.get('refused').decode()} does not go on; see what it says"
+    print(f"main.py: {problem}", file=sys.stderr)
     raise SystemExit(1)
 
 
@@ -1036,9 +1048,11 @@ def serve_rendezvous(endpoint):
     """Be the store in which torchrun's agents meet, until Ctrl-C."""
     host, _, port = endpoint.rpartition(":")
     try:
+        if not host or not 0 < int(port) < 2**16:
+            raise ValueError("not HOST:PORT")
         store = make_store(host, int(port))
-    except (OSError, ValueError) as error:
-        fail(f"--rendezvous {endpoint}: {error}; give an address of this machine and a free port")
+    except (OSError, ValueError, dist.DistError) as error:
+        fail(f"--rendezvous {endpoint}: {first_line(error)}; give an address of this machine and a free port")
     print(f"torchrun --rdzv_backend c10d --rdzv_endpoint {endpoint} --rdzv_conf is_host=0 ...", flush=True)
     while store:
         time.sleep(3600)
@@ -1057,11 +1071,11 @@ def find_interface(address):
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # it has no address
                 request = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
-                if socket.inet_ntoa(request[20:24]) == own:
-                    break
+                if socket.inet_ntoa(request[20:24]) == own and not own.startswith("127."):
+                    return name
     if own.startswith("127."):
         fail(f"{address} is this machine only to itself: give torchrun --local_addr and an address that all can reach")
-    return name
+    fail(f"no interface has {own} as its first address: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to that to use")
 
 
 def stop(number, frame):
@@ -1076,11 +1090,11 @@ def main(argv=None, target=run_rank):
     flags = sys.argv[1:] if argv is None else argv
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    if argv is None:
+        del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return join(flags, target)
     args = parse_args(flags)
-    if argv is None:
-        del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
     if args.dry_run:
         return dry_run(args)
     if args.rendezvous:
@@ -1239,6 +1253,8 @@ def remove_left(args):
     """Remove what a run that was killed had prepared."""
     for left in Path(args.output_dir).glob(".prepared-*"):
         shutil.rmtree(left)
+    for left in Path(args.output_dir).glob(".here-*"):
+        left.unlink()
 
 
 def make_repository(name, token):

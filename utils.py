@@ -478,6 +478,7 @@ def commit_checkpoint(output_dir, name, manifest):
         if log.exists():
             flush(log)  # a checkpoint has every round before it in the logs, even after a power cut
     flush(folder / "staging")
+    shutil.rmtree(folder / "replaced", ignore_errors=True)
     if (folder / name).exists():  # a part of the same round, stopped twice
         (folder / name).rename(folder / "replaced")
     (folder / "staging").rename(folder / name)
@@ -746,15 +747,15 @@ def communication_device():
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def set_machines(of):
-    """Say which machine each rank is on, as in [0, 0, 1, 1]; every rank takes part."""
+def set_machines(of, timeout=None):
+    """Say which machine each rank is on, as in [0, 0, 1, 1], and how long they wait; every rank takes part."""
     machines.update(of=of, here=None, firsts=None)
     if len(set(of)) > 1:
         for machine in sorted(set(of)):  # all ranks make all groups
             ranks = [rank for rank, its in enumerate(of) if its == machine]
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout)
             machines["here"] = group if dist.get_rank() in ranks else machines["here"]
-        machines["firsts"] = dist.new_group([of.index(machine) for machine in sorted(set(of))])
+        machines["firsts"] = dist.new_group([of.index(machine) for machine in sorted(set(of))], timeout)
 
 
 def share_files(folder, sizes, owners):

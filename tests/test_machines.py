@@ -1,6 +1,7 @@
 """Several machines under torchrun: the same result as one, whatever happens to them or to the wires between."""
 
 import functools
+import json
 import re
 import shlex
 import shutil
@@ -91,7 +92,8 @@ def test_bytes_between_machines(two_machines, small_inputs):
     copied = sum(path.stat().st_size for path in (folder / "0" / "checkpoints" / "round_00012").glob("*.pt"))
     averaged = [number - copied for number in reported]
     assert all(abs(number - 8 * parameters) < 0.05 * copied for number in averaged[:5])
-    assert averaged[5] > averaged[0] + 4 * parameters * 0.9  # the adapters for the aggregation error
+    # in evaluated rounds half of 8 clients' adapters of one projection, (16, 64) and (64, 16), for the aggregation error
+    assert averaged[5] - averaged[0] == 8 * 2 * 16 * 64 * 4 / 2
     assert sum(reported) < sum(sent) < 1.3 * sum(reported) + 2e6  # on the wire, with all headers and words
 
 
@@ -138,6 +140,11 @@ def test_killed_rank(two_machines, small_inputs, tmp_path):
         outputs = end(started)
     assert re.search(r"resuming after round \d+ of 12", outputs[0])
     assert digests(tmp_path) == digests(two_machines[0] / "0")
+
+
+def main_rank(agent):
+    """The number of the one rank of an agent."""
+    return int(find_ranks(agent)[0].environ()["RANK"])
 
 
 def find_ranks(agent):
@@ -197,17 +204,27 @@ def test_far_apart_over_a_bad_line(two_machines, small_inputs, tmp_path):
     assert all(r["seconds"]["average"] > 0.1 for r in far)
 
 
-def test_cut_for_good(one_machine, small_inputs, tmp_path):
+@pytest.mark.parametrize("lost", [1, 0])
+def test_cut_for_good(one_machine, small_inputs, tmp_path, lost):
+    """Even machine 0, which has the store of the ranks, where the agents meet on a third."""
     (tmp_path / "impatient.py").write_text(SHORT_SILENCE)
     with machines(2) as both:
+        server = both.start(None, sys.executable, ROOT / "main.py", "--rendezvous", "10.77.0.254:29555")
+        while "--rdzv_endpoint 10.77.0.254:29555" not in server.stdout.readline():
+            assert server.poll() is None
         flags = [*FLAGS, "--aggregator", "median", *small_inputs]
         more = {"nodes": "1:2", "conf": SOON, "more": ["--max_restarts", "2"], "script": tmp_path / "impatient.py"}
+        more["store"] = "10.77.0.254:29555"
         started = [both.torchrun(i, *flags, "--output_dir", tmp_path / f"{i}", **more) for i in (0, 1)]
         wait_for_round(tmp_path / "0", 3)
-        both.cut(1)
-        (output,) = end(started[:1])
-    assert "no sign of machine 1 for 8 seconds" in output
-    assert digests(tmp_path / "0") == digests(one_machine(2, "--aggregator median"))
+        ranks = {main_rank(process): i for i, process in enumerate(started)}
+        first, second = ranks[0], ranks[1]  # torchrun may number the machines otherwise
+        both.cut((first, second)[lost])
+        left = (second, first)[lost]
+        (output,) = end([started[left]])
+    assert ("no sign of machine 1 for 8 seconds", "no answer from the store")[lost == 0] in output
+    assert digests(tmp_path / f"{left}") == digests(one_machine(2, "--aggregator median"))
+    assert len(json.loads((tmp_path / f"{left}" / "client_0_train_loss.json").read_text())) == 12
 
 
 # -----------------------------------------------------------------------------
