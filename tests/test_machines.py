@@ -92,7 +92,7 @@ def test_bytes_between_machines(two_machines, small_inputs):
     copied = sum(path.stat().st_size for path in (folder / "0" / "checkpoints" / "round_00012").glob("*.pt"))
     averaged = [number - copied for number in reported]
     assert all(abs(number - 8 * parameters) < 0.05 * copied for number in averaged[:5])
-    # in evaluated rounds half of 8 clients' adapters of one projection, (16, 64) and (64, 16), for the aggregation error
+    # for the aggregation error, half of 8 adapters of one projection, (16, 64) and (64, 16), in evaluated rounds
     assert averaged[5] - averaged[0] == 8 * 2 * 16 * 64 * 4 / 2
     assert sum(reported) < sum(sent) < 1.3 * sum(reported) + 2e6  # on the wire, with all headers and words
 
@@ -123,6 +123,15 @@ def test_more_ranks_and_one_disk(one_machine, small_inputs, tmp_path, ranks, mor
     assert distance(tmp_path, one_machine(2 * ranks, more)) <= (0 if "median" in more else 1e-5)
     if "median" in more:
         assert digests(tmp_path) == digests(one_machine(2 * ranks, more))
+
+
+def test_clients_that_are_found_in_the_data(small_inputs, tmp_path):
+    """A client of each of two sites; how many there are is known late."""
+    flags = [*FLAGS[2:], *small_inputs, "--partition", "column", "--partition_column", "site"]
+    with machines(2) as both:
+        end([both.torchrun(i, *flags, "--num_rounds", "3", "--output_dir", tmp_path / f"{i}") for i in (0, 1)])
+    rounds = utils.read_rounds(tmp_path / "0")
+    assert len(rounds) == 3 and all(r["bytes_between_machines"] > 0 and r["clients"] == [0, 1] for r in rounds)
 
 
 # -----------------------------------------------------------------------------
