@@ -260,11 +260,11 @@ def test_two_runs_at_once(undisturbed, small_inputs, tmp_path):
 
 def test_twenty_random_kills(undisturbed, small_inputs, tmp_path):
     """Of any rank at any time, also while it starts: with --restarts the same bits as of the undisturbed run."""
-    flags = "--num_rounds 150 --eval_rounds 150 --save_rounds 2"
+    flags = "--num_rounds 240 --eval_rounds 240 --save_rounds 2"
     process, _ = start(tmp_path, *flags.split(), *small_inputs, "--restarts", "20", round_to_reach=0)
     choose, kills = random.Random(5), 0
     while kills < 20:
-        time.sleep(choose.uniform(0, 1.5))
+        time.sleep(choose.uniform(0, 1))
         while not (ranks := find_ranks(process)) and process.poll() is None:
             time.sleep(0.01)
         assert process.poll() is None, f"it was finished after {kills} kills"
