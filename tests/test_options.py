@@ -40,14 +40,15 @@ def trainer_of(folder, *flags):
     from transformers import AutoTokenizer
 
     args = main.parse_args(["--output_dir", str(folder), "--num_rounds", "1", "--world_size", "1", *flags])
-    args.model_path, device = args.model_name, torch.device("cpu")
+    args.model_path, args.data_path, device = args.model_name, str(folder / "data"), torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
     rows = datasets.load_dataset("json", data_files=f"{main.EMBEDDED_DATA}/train.jsonl")["train"].select(range(8))
     columns = rows.column_names
     rows = rows.map(lambda row: utils.tokenize_row(row, tokenizer, 1024), remove_columns=columns, keep_in_memory=True)
     rows = rows.map(lambda row, i: {"input_ids": row["input_ids"][i:], "labels": row["labels"][i:]}, with_indices=True)
     packs, _ = federated.pack_rows(rows, {0: np.arange(8)}, 256)
-    data = federated.ClientData(*[None] * 6, turns=[(1, 0)], own=None, order=None, train=packs, lengths=None)
+    more = {"train": packs, "unread": range(len(packs)), "lengths": None}
+    data = federated.ClientData(*[None] * 7, turns=[(1, 0, 0)], own=None, order=None, **more)
     torch.manual_seed(0)
     model = federated.load_model(args, device)
     for parameter in federated.lora_parameters(model):
