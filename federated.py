@@ -1205,17 +1205,18 @@ def watch_machines(rank, args):
     would do so for --timeout minutes.
     """
     firsts = [args.machines.index(machine) for machine in range(args.machines[-1] + 1)]
-    heard, store, beat = {}, args.store.clone(), [time.monotonic()]
+    store, beat = args.store.clone(), [time.monotonic()]
+    heard = {other: (None, beat[0]) for other in firsts if other != rank}  # all have just been there
     threading.Thread(target=watch_store, args=(beat,), daemon=True).start()
     try:
         while not LEAVING.wait(BEAT):
             beat[0] = time.monotonic()
             store.set(f"alive/{rank}", str(time.time_ns()))
-            for other in (first for first in firsts if first != rank and store.check([f"alive/{first}"])):
-                word = store.get(f"alive/{other}")
-                if heard.get(other, (None,))[0] != word:
+            for other, (before, when) in heard.items():
+                word = store.get(f"alive/{other}") if store.check([f"alive/{other}"]) else None
+                if word != before:
                     heard[other] = word, time.monotonic()
-                elif time.monotonic() - heard[other][1] > SILENCE:
+                elif time.monotonic() - when > SILENCE:
                     raise TimeoutError(f"no sign of machine {args.machines[other]} for {SILENCE} seconds")
     except Exception as error:  # the store is gone, too, where that machine had it
         if not LEAVING.is_set():

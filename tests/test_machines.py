@@ -1,19 +1,23 @@
 """Several machines under torchrun: the same result as one, whatever happens to them or to the wires between."""
 
+import argparse
 import functools
 import json
 import re
 import shlex
 import shutil
 import sys
+import threading
 import time
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, read_adapters
 from machines import ip, machines, why_not
 
+import federated
 import main
 import utils
 
@@ -186,6 +190,24 @@ def test_a_machine_is_lost_and_comes_back(one_machine, small_inputs, tmp_path):
     undisturbed = one_machine(2, " ".join(median))
     assert digests(tmp_path / "0", 80) == digests(undisturbed, 80)
     assert torch.equal(read_adapters(tmp_path / "0"), read_adapters(undisturbed))
+
+
+@pytest.mark.parametrize("beats", [0, 3])
+def test_silence(monkeypatch, capsys, beats):
+    """A machine is missed that falls silent, also one that does so before its first sign of life."""
+    store, ended, start = dist.HashStore(), threading.Event(), time.monotonic()
+    for name, seconds in {"BEAT": 0.05, "SILENCE": 0.5}.items():
+        monkeypatch.setattr(federated, name, seconds)
+    leaving = threading.Event()
+    monkeypatch.setattr(federated, "LEAVING", leaving)
+    monkeypatch.setattr(federated.os, "_exit", lambda code: (ended.set(), leaving.set()))
+    args = argparse.Namespace(machines=[0, 0, 1], store=store)
+    threading.Thread(target=federated.watch_machines, args=(0, args), daemon=True).start()
+    for number in range(beats):
+        store.set("alive/2", str(number))
+        time.sleep(0.2)
+    assert ended.wait(5) and time.monotonic() - start > 0.2 * max(beats - 1, 0) + 0.5
+    assert "no sign of machine 1 for 0.5 seconds" in capsys.readouterr().err
 
 
 def test_cut_for_20_seconds(two_machines, small_inputs, tmp_path):
