@@ -176,7 +176,7 @@ def load_client_data(rank, args):
     played, turns, holder = collections.Counter(), [], {}
     for number, (shares, _) in enumerate(plan, start=1):
         if number <= rounds_done + bool(steps):
-            holder |= {client: rank for rank, share in enumerate(shares) for client in share}
+            holder |= {client: its for its, share in enumerate(shares) for client in share}
         for client in shares[rank] if number > rounds_done else []:
             first = steps.get(client, 0) if number == rounds_done + 1 else 0
             if first < args.local_steps:
@@ -191,8 +191,8 @@ def load_client_data(rank, args):
         for client, numbers in own.items()
     }
     order = [own[client][schedules[client][times * per_turn : (times + 1) * per_turn]] for _, client, times, _ in turns]
-    order = np.concatenate([*order, np.array([], dtype=int)])
-    unread = [range(i * per_turn + first * per_step, (i + 1) * per_turn) for i, (*_, first) in enumerate(turns)]
+    unread = [np.arange(i * per_turn + first * per_step, (i + 1) * per_turn) for i, (*_, first) in enumerate(turns)]
+    order, unread = (np.concatenate([*parts, np.array([], dtype=int)]) for parts in (order, unread))
     train = sequences.select(order)
     return ClientData(
         rows=data["train"],
@@ -206,7 +206,7 @@ def load_client_data(rank, args):
         own=own,
         order=order,
         train=train,
-        unread=np.array([i for part in unread for i in part], dtype=int),
+        unread=unread,
         lengths=[sum(lengths) for lengths in train["seq_lengths"]] if args.packing and turns else train["length"][:],
     )
 
@@ -383,7 +383,7 @@ class FederatedRounds(TrainerCallback):
         self.states = [{} for _ in self.variant]  # of the averaging strategy; RoLoRA's A and B have one each
         self.records = {}  # client -> what it leaves in host memory between its turns, on the rank that last played it
         self.current = None  # the client whose moments are in the optimizer, and whose private tensors in the model
-        self.several = args.machines[-1] > 0  # machines
+        self.several, self.is_first = args.machines[-1] > 0, not utils.local_rank(rank, args.machines)  # of machines
         self.kept_back = {}  # what rounding to a narrow --average_dtype has kept back of the stream of this machine
         every = -(-args.clients_per_round // MEASURED_ADAPTERS)
         self.measured = [p for i in range(0, len(self.lora), 2 * every) for p in self.lora[i : i + 2]]  # A and B
@@ -417,11 +417,9 @@ class FederatedRounds(TrainerCallback):
             # SCAFFOLD's c: the mean of what all clients' mean gradients were in their last turns
             self.control = torch.zeros_like(self.start) if self.args.scaffold else None
         shown = None if self.rank == 0 and not self.args.quiet else True  # None: where there is a terminal
-        steps, left = (
-            self.args.local_steps * sum(len(shares[self.rank]) for shares, _ in self.data.plan),
-            len(self.trainer.federated_steps),
-        )
-        self.bar = tqdm(total=steps, initial=steps - left, unit="step", disable=shown, dynamic_ncols=True)
+        steps = self.args.local_steps * sum(len(shares[self.rank]) for shares, _ in self.data.plan)
+        done = steps - len(self.trainer.federated_steps)
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=shown, dynamic_ncols=True)
         self.check_start(learning_rate)
         self.clock = time.perf_counter()
         signal.signal(signal.SIGTERM, self.ask_to_stop)
@@ -772,7 +770,7 @@ class FederatedRounds(TrainerCallback):
             gradients = record.pop("gradients")
             change += (gradients - record.get("control", before.cpu())).to(change.device)
             record["control"] = gradients
-        self.control += utils.sum_over_ranks(change, "control") / self.args.num_clients
+        self.control += (utils.sum_over_ranks(change) / self.args.num_clients).float()
 
     def own_share(self, rows):
         return range(self.rank, len(rows), self.args.world_size)
@@ -786,12 +784,15 @@ class FederatedRounds(TrainerCallback):
         self.written.result()
         folder = Path(self.args.output_dir, "checkpoints", "staging")
         folder.mkdir(parents=True, exist_ok=True)
-        files, steps = {}, {}
-        for mine, (client, _, update) in zip(self.reports, self.updates):
-            steps[client] = self.args.local_steps
-            files[client] = {"report": mine, "update": utils.load_update(update)}
-        for client, _, adapter in self.kept:
-            files[client]["kept"] = adapter
+        reports = {mine["client"]: mine for mine in self.reports}
+        updates = {client: update for client, _, update in self.updates}  # perhaps in files, to be read one at a time
+        kept = {client: adapter for client, _, adapter in self.kept}
+        files, steps = [], dict.fromkeys(reports, self.args.local_steps)
+
+        def write(name, content):
+            torch.save(content, folder / name)
+            files.append(folder / name)
+
         for client, record in self.records.items():
             record = record | (self.in_the_model() if client == self.current else {})
             if client == self.current and self.step:
@@ -804,17 +805,19 @@ class FederatedRounds(TrainerCallback):
                 }
             if "turn" in record:
                 steps[client] = record["turn"]["step"]
-            files[client] = {"record": record} | files.get(client, {})
-        files = {f"client_{client}.pt": content for client, content in files.items()}
+            content = {"record": record}
+            if client in reports:
+                content |= {"report": reports[client], "update": utils.load_update(updates[client])}
+            if client in kept:
+                content["kept"] = kept[client]
+            write(f"client_{client}.pt", content)
         if self.kept_back:
-            files[f"machine_{self.args.machines[self.rank]}.pt"] = self.kept_back
+            write(f"machine_{self.args.machines[self.rank]}.pt", self.kept_back)
         if self.rank == 0:  # the same on all ranks
             same = {name: getattr(self, name) for name in SAVED} | {"lora": utils.flatten_parameters(self.lora)}
             same["states"] = [{k: v for k, v in s.items() if k not in ("start", "shapes")} for s in self.states]
-            files["federation.pt"] = same
-        for name, content in files.items():
-            torch.save(content, folder / name)
-        return {"files": utils.seal([folder / name for name in files]), "steps": steps}
+            write("federation.pt", same)
+        return {"files": utils.seal(files), "steps": steps}
 
     def copy_files(self, folder, files):
         """Copy {name: bytes}, of what each rank has written, to the disks that lack it; returns how many bytes travel.
@@ -822,7 +825,7 @@ class FederatedRounds(TrainerCallback):
         A machine may be lost, and the others go on without it. The first rank of every machine takes part.
         """
         args, machines = self.args, self.args.machines
-        if len(args.keepers) == 1 or self.rank != machines.index(machines[self.rank]):
+        if len(args.keepers) == 1 or not self.is_first:
             return 0
         sizes = {name: size for own in files for name, size in own.items()}
         owners = {name: args.sharing[machines[rank]] for rank, own in enumerate(files) for name in own}
@@ -855,8 +858,8 @@ class FederatedRounds(TrainerCallback):
                 self.updates.append((client, weight, self.put_aside(content["update"].to(device))))
             if "kept" in content:
                 self.kept.append((client, weight, content["kept"].to(device)))
-        streams = sorted(checkpoint.glob("machine_*.pt"))
-        if self.several and self.rank == self.args.machines.index(machine := self.args.machines[self.rank]):
+        streams, machine = sorted(checkpoint.glob("machine_*.pt")), self.args.machines[self.rank]
+        if self.several and self.is_first:
             if len(streams) == self.args.machines[-1] + 1:
                 streams = [checkpoint / f"machine_{machine}.pt"]
             elif machine > 0:  # of more or fewer machines, what was kept back goes to the first
@@ -1145,7 +1148,7 @@ def local_train(rank, args):
         device_id=device if args.backend == "nccl" else None,
     )
     utils.set_machines(args.machines, datetime.timedelta(minutes=args.timeout))
-    if args.machines[-1] > 0 and rank == args.machines.index(args.machines[rank]):
+    if args.machines[-1] > 0 and not utils.local_rank(rank, args.machines):
         threading.Thread(target=watch_machines, args=(rank, args), daemon=True).start()
         if args.missing:
             folder = Path(args.output_dir, "checkpoints", Path(args.resume_from).name)

@@ -84,7 +84,8 @@ ACCELERATE_USE_CPU ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_P
 ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".split()
 ADVICE = {  # by a part of the message of an error in a rank
     "OutOfMemoryError": "; lower --per_device_train_batch_size, then --max_length",
-    "inline_container.cc": "; make room on the disk of --output_dir",
+    "PytorchStreamWriter failed": "; make room on the disk of --output_dir",
+    "unexpected pos": "; make room on the disk of --output_dir",  # of the same writer
     "o space left": "; make room on the disk of --output_dir",
     "File too large": "; make room on the disk of --output_dir",
 }
@@ -111,7 +112,7 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("federation").add_argument
-    started = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"])  # by torchrun, so many ranks
+    started = dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"])  # by torchrun, so many ranks
     add("--world_size", type=positive(int), default=started or 8, help="processes; best one per GPU")
     add("--num_clients", type=positive(int), help="the processes play them in turn (default: one each)")
     add("--clients_per_round", type=positive(int), help="drawn at random for each round (default: all of them)")
@@ -267,10 +268,10 @@ def set_clients(args, num_clients):
     if args.centralized:
         args.gradient_accumulation_steps *= drawn
         args.num_clients = args.clients_per_round = drawn = 1
-    if drawn < args.world_size and "TORCHELASTIC_RUN_ID" in os.environ:
+    if drawn < args.world_size and dist.is_torchelastic_launched():
         fail(f"torchrun has started {args.world_size} ranks for {drawn} clients; lower --nproc_per_node or --nnodes")
     args.world_size = min(args.world_size, drawn)
-    here = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else args.world_size
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else args.world_size
     args.backend = args.backend or ("nccl" if args.num_gpus >= here else "gloo")
     if args.backend == "nccl" and args.num_gpus < here:
         fail(f"--backend nccl: {args.num_gpus} GPUs for {here} ranks; leave it out: over gloo they share")
@@ -676,8 +677,8 @@ def run_rank(rank, args):
         os.environ.pop(name, None)
     if args.num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.num_gpus)))
-        local_rank = rank - args.machines.index(args.machines[rank])
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank % args.num_gpus]  # before CUDA is touched
+        number = utils.local_rank(rank, args.machines) % args.num_gpus
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number]  # before CUDA is touched
     # where `join` has not said otherwise, all ranks are on this machine, and nobody else has to see them
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
@@ -701,9 +702,7 @@ def guard(rank, target, args, parent, words):
     """Run one rank so that it dies with its parent, and leaves word of how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        # the pipe covers the time before this, and this a rank that cannot look at its pipe
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()  # the pipe covers the time before this, and this a rank that cannot look at its pipe
     if not args.num_gpus:  # the parent is the server, which lives as long as somebody can reach it
         os.close(multiprocessing.forkserver._forkserver._forkserver_alive_fd)
     threading.Thread(target=die_with, args=(parent,), daemon=True).start()
@@ -717,6 +716,12 @@ def guard(rank, target, args, parent, words):
         text += next((advice for sign, advice in ADVICE.items() if sign in text), "")
     words[rank].send({"time": time.time(), "code": code, "text": text, "trace": trace})
     sys.exit(code)
+
+
+def die_with_parent():
+    """Have the kernel, where that is Linux's, kill this process when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def die_with(parent):
@@ -857,8 +862,7 @@ def join(flags, target):
     or a machine comes or goes.
     """
     rank, local_rank, machine = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # an agent that is killed leaves nobody
+    die_with_parent()  # an agent that is killed leaves nobody
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))  # of Ctrl-C, torchrun sends that
     if not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} <= set(os.environ):
@@ -976,9 +980,10 @@ def lead(flags, store, machine, stack):
         place = f"machine {finished[0]} ({words[finished[0]]['host']})"
         print(f"nothing to do: the run is finished, and its model in {folder} on {place}", flush=True)
     elif machine == 0:
-        start = f"resuming {whereabouts(args.resume_from)} of {args.num_rounds}" if args.resume_from else ""
-        table = "" if args.quiet else report.partition_table(partition)
-        print("\n".join(filter(None, (start, table))), flush=True)
+        if args.resume_from:
+            print(f"resuming {whereabouts(args.resume_from)} of {args.num_rounds}", flush=True)
+        if not args.quiet:
+            print(report.partition_table(partition), flush=True)
     if own_disk and args.resume_from != FINISHED:
         mine = words[machine]["checkpoints"]
         torn = [n for n, (own, *_) in mine.items() if common and n == common[0] and own != common[1]]
@@ -1092,7 +1097,7 @@ def main(argv=None, target=run_rank):
         datasets.disable_progress_bars()
     if argv is None:
         del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if dist.is_torchelastic_launched():
         return join(flags, target)
     args = parse_args(flags)
     if args.dry_run:

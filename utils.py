@@ -45,6 +45,7 @@ GLOBAL_EVAL_ROWS = 512  # at most so many of the global held-out rows are evalua
 ANSWERED_ROWS = 96  # held-out questions that are answered before and after training, for exact match and F1
 MAX_NEW_TOKENS = 32  # of an answer
 KEPT_CHECKPOINTS = 2
+CHUNK = 2**26  # bytes of a file that machines send each other at a time
 OPTIMIZER_BYTES = {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}  # of its state, for each parameter; else 8
 STOPPED = 143  # exit code of a rank that has saved itself on SIGTERM
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -488,6 +489,33 @@ def commit_checkpoint(output_dir, name, manifest):
         shutil.rmtree(old)
 
 
+def share_files(folder, sizes, owners):
+    """Copy files from machine to machine: owners[name] lists those that have it, sizes[name] is in bytes.
+
+    The first rank of every machine takes part. Returns how many bytes travel.
+    """
+    number, here, sent = len(set(machines["of"])), machines["of"][dist.get_rank()], 0
+    for name in sorted(sizes, key=lambda name: (name == "manifest.json", name)):  # with which a checkpoint counts
+        source, lacking = owners[name][0], number - len(owners[name])
+        if not lacking:
+            continue
+        sent += sizes[name] * lacking
+        path, reads, writes = Path(folder, name), here == source, here not in owners[name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb" if writes else "rb") as file:
+            for begin in range(0, sizes[name], CHUNK):
+                content = torch.empty(min(CHUNK, sizes[name] - begin), dtype=torch.uint8)
+                if reads:
+                    file.readinto(content.numpy())
+                content = content.to(communication_device())
+                dist.broadcast(content, group=machines["firsts"], group_src=source)  # all firsts participate
+                if writes:
+                    file.write(content.cpu().numpy())
+        if writes:
+            flush(path)
+    return sent
+
+
 # -----------------------------------------------------------------------------
 # averaging: EDIT HERE
 #
@@ -541,9 +569,13 @@ def sum_over_clients(*terms):
     else:
         if sizes:
             dist.all_reduce(sums)  # all ranks participate
-        add_up = sum_of_machines if machines["firsts"] else sum_codes
         exact = iter(sums.split(sizes))
-        vectors = (add_up(part, len(v.view(-1)), f"{number} {i}") for i, (part, v) in enumerate(zip(codes, vectors)))
+        vectors = (
+            sum_of_machines(part, vector.numel(), f"{number} {i}")
+            if machines["firsts"]
+            else sum_codes(part, vector.numel(), outbox["dtype"])
+            for i, (part, vector) in enumerate(zip(codes, vectors))
+        )
         results = [next(vectors) if is_apart(term) else next(exact).float() for term in terms]
         results = [result.view_as(term) for result, term in zip(results, terms)]
     return results if len(results) > 1 else results[0]
@@ -585,16 +617,6 @@ def join_shards(values, sizes, group=None):
         spread(flat.split(stretches), machines["firsts"])
     dist.broadcast(flat, group=here, group_src=0)  # all ranks of this machine participate
     return flat.float()
-
-
-def spread(parts, group):
-    """Send the i-th part from the i-th rank of the group to the others."""
-    if group and group is machines["firsts"]:
-        own = parts[dist.get_rank(group)]
-        outbox["between"] += own.numel() * own.element_size() * (len(parts) - 1)
-    works = [dist.broadcast(p, group=group, group_src=i, async_op=True) for i, p in enumerate(parts) if len(p)]
-    for work in works:
-        work.wait()  # all ranks of the group participate
 
 
 def fedavg(update, weight, state):
@@ -727,12 +749,11 @@ AGGREGATORS = {
 # whether it has none that counts, how often the last has called `sum_over_clients` and all have `gather_shards`,
 # [senders, sum so far, codes] of each call of the one, and the updates for the other; --average_dtype, what rounding
 # has kept back of each client's vectors, how many bytes of vectors they have sent, and how many have left the machine
-outbox = {"clients": 0, "sums": [], "updates": [], "gathered": 0, "dtype": "float32", "kept_back": {}, "bytes": 0}
-outbox["between"] = 0
+outbox = {"clients": 0, "sums": [], "updates": [], "gathered": 0}
+outbox |= {"dtype": "float32", "kept_back": {}, "bytes": 0, "between": 0}
 # the machine of every rank, and where these are several, the process groups of the ranks here and of the first of each
 machines = {"of": None, "here": None, "firsts": None}
 CODE_BLOCK = 1024  # numbers that share a scale in int8; shorter vectors are sent as they are
-CHUNK = 2**26  # bytes of a file that are sent at a time
 CODE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / CODE_BLOCK}  # of a number that a client sends
 BAD_RATIO = 1000
 BLOCK = 2**16  # coordinates that are sorted at a time
@@ -747,6 +768,11 @@ def communication_device():
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
+def local_rank(rank, of):
+    """Return the number of a rank on its machine, by the machines of all ranks."""
+    return rank - of.index(of[rank])
+
+
 def set_machines(of, timeout=None):
     """Say which machine each rank is on, as in [0, 0, 1, 1], and how long they wait; every rank takes part."""
     machines.update(of=of, here=None, firsts=None)
@@ -758,37 +784,20 @@ def set_machines(of, timeout=None):
         machines["firsts"] = dist.new_group([of.index(machine) for machine in sorted(set(of))], timeout)
 
 
-def share_files(folder, sizes, owners):
-    """Copy files from machine to machine: owners[name] lists those that have it, sizes[name] is in bytes.
-
-    The first rank of every machine takes part. Returns how many bytes travel.
-    """
-    number, here, sent = len(set(machines["of"])), machines["of"][dist.get_rank()], 0
-    for name in sorted(sizes, key=lambda name: (name == "manifest.json", name)):  # with which a checkpoint counts
-        source, lacking = owners[name][0], number - len(owners[name])
-        if not lacking:
-            continue
-        sent += sizes[name] * lacking
-        path, reads, writes = Path(folder, name), here == source, here not in owners[name]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb" if writes else "rb") as file:
-            for begin in range(0, sizes[name], CHUNK):
-                content = torch.empty(min(CHUNK, sizes[name] - begin), dtype=torch.uint8)
-                if reads:
-                    file.readinto(content.numpy())
-                content = content.to(communication_device())
-                dist.broadcast(content, group=machines["firsts"], group_src=source)  # all firsts participate
-                if writes:
-                    file.write(content.cpu().numpy())
-        if writes:
-            flush(path)
-    return sent
-
-
 def even_sizes(total, group=None):
     """Return how many of `total` coordinates each rank of the group looks after."""
     size, rest = divmod(total, dist.get_world_size(group))
     return [size + (rank < rest) for rank in range(dist.get_world_size(group))]
+
+
+def spread(parts, group):
+    """Send the i-th part from the i-th rank of the group to the others."""
+    if group and group is machines["firsts"]:
+        own = parts[dist.get_rank(group)]
+        outbox["between"] += own.numel() * own.element_size() * (len(parts) - 1)
+    works = [dist.broadcast(p, group=group, group_src=i, async_op=True) for i, p in enumerate(parts) if len(p)]
+    for work in works:
+        work.wait()  # all ranks of the group participate
 
 
 def exchange(updates, sizes, dtype="float32", group=None):
@@ -866,17 +875,17 @@ def send(parts):
     return parts
 
 
-def sum_codes(updates, size, name, dtype=None, group=None):
+def sum_codes(updates, size, dtype, group=None):
     """Return the sum (size,) of all clients' codes, summed in float64; every rank of the group takes part."""
     sizes = even_sizes(size, group)
-    values, _ = exchange(updates, sizes, dtype or outbox["dtype"], group)
+    values, _ = exchange(updates, sizes, dtype, group)
     sums = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
     for value in values:
         sums += value
     return join_shards(sums, sizes, group)
 
 
-def sum_of_machines(vector, size, name, dtype=None):
+def sum_of_machines(vector, size, name="", dtype=None):
     """Return the sum (size,), float32, of the float64 vectors of all ranks ([]: none); every rank takes part.
 
     Within each machine in float64; then each sends one stream, of numbers as --average_dtype says, to the others.
@@ -889,17 +898,17 @@ def sum_of_machines(vector, size, name, dtype=None):
     if dist.get_rank(here) == 0:
         dtype, machine = dtype or outbox["dtype"], dist.get_rank(firsts)
         codes = [vector.float()] if dtype == "float32" else encode(vector, name, dtype, "machine")
-        total = sum_codes([(machine, 1.0, *codes)], size, name, dtype, firsts)
+        total = sum_codes([(machine, 1.0, *codes)], size, dtype, firsts)
     dist.broadcast(total, group=here, group_src=0)  # all ranks of this machine participate
     return total
 
 
-def sum_over_ranks(vector, name):
-    """Return the sum, float32, of the float64 vectors (P,) of all ranks; every rank takes part."""
+def sum_over_ranks(vector):
+    """Return the sum of the float64 vectors (P,) of all ranks, which between machines travels as float32."""
     if machines["firsts"]:
-        return sum_of_machines(vector, len(vector), name, "float32")
-    dist.all_reduce(vector)
-    return vector.float()
+        return sum_of_machines(vector, len(vector), dtype="float32")
+    dist.all_reduce(vector)  # all ranks participate
+    return vector
 
 
 def find_bad_updates(norms):
