@@ -1019,6 +1019,7 @@ def await_word(store, key, minutes=float("inf")):
         problem = f"no word from machine {key.split('/')[-1]} for {minutes:g} minutes (--timeout)"
         if store.check(["refused"]):
             problem = f"{store.get('refused').decode()} does not go on; see what it says"
+    time.sleep(2)  # seconds: with the first rank that ends, torchrun ends all here, and that one is to say it first
     print(f"main.py: {problem}", file=sys.stderr)
     raise SystemExit(1)
 
@@ -1097,14 +1098,14 @@ def main(argv=None, target=run_rank):
         datasets.disable_progress_bars()
     if argv is None:
         del sys.argv[1:]  # of which every rank gets a copy, and which may hold the token
-    if dist.is_torchelastic_launched():
-        return join(flags, target)
-    args = parse_args(flags)
-    if args.dry_run:
-        return dry_run(args)
-    if args.rendezvous:
-        return serve_rendezvous(args.rendezvous)
     try:
+        if dist.is_torchelastic_launched():
+            return join(flags, target)
+        args = parse_args(flags)
+        if args.dry_run:
+            return dry_run(args)
+        if args.rendezvous:
+            return serve_rendezvous(args.rendezvous)
         if args.ask is not None or args.merge:
             return use(args)
         with locked_output_dir(Path(args.output_dir)):

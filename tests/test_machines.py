@@ -283,6 +283,18 @@ def test_machines_that_disagree(small_inputs, tmp_path):
         assert not (tmp_path / "0" / "config.json").exists()
 
 
+def test_full_disk(small_inputs, tmp_path):
+    """What machine 0 says is heard, though torchrun ends all its ranks with the first that ends."""
+    ip("mount", "-t", "tmpfs", "-o", "size=16k", "none", tmp_path)
+    try:
+        with machines(1) as one:
+            process = one.torchrun(0, *FLAGS, *small_inputs, "--output_dir", tmp_path, ranks=2)
+            output = process.communicate(timeout=60)[0]
+    finally:
+        ip("umount", tmp_path)
+    assert process.returncode == 1 and "main.py: cannot write: [Errno 28] No space left on device" in output
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
