@@ -1,5 +1,6 @@
 """The life of one rank: load a 4-bit LLaMA, train its LoRA on rows of its own, average with the others every round."""
 
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -496,7 +497,7 @@ class FederatedRounds(TrainerCallback):
             with contextlib.suppress(dist.DistError):
                 self.store.wait(keys, late)
                 self.commit([json.loads(self.store.get(key)) for key in keys], f"round_{self.rounds_done:05d}_part")
-        leave()
+        LEAVING.set()
         if self.args.store and not self.stopping:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(30)  # torchrun is about to end this rank, too, and takes an end before that for a failure
@@ -1149,7 +1150,10 @@ def local_train(rank, args):
     )
     utils.set_machines(args.machines, datetime.timedelta(minutes=args.timeout))
     if args.machines[-1] > 0 and not utils.local_rank(rank, args.machines):
-        threading.Thread(target=watch_machines, name="watch", args=(rank, args), daemon=True).start()
+        watch = threading.Thread(target=watch_machines, args=(rank, args), daemon=True)
+        watch.start()
+        atexit.register(watch.join, LAST_SECONDS)  # Python aborts a process in which a thread still asks the store
+        atexit.register(LEAVING.set)  # this one is called before that one
         if args.missing:
             folder = Path(args.output_dir, "checkpoints", Path(args.resume_from).name)
             utils.share_files(folder, *args.missing)
@@ -1195,7 +1199,7 @@ def local_train(rank, args):
     elif rank in args.keepers:
         shutil.rmtree(rounds.staging, ignore_errors=True)  # the model is on rank 0's disk
     rounds.meet()  # nobody leaves before it is there
-    leave()
+    LEAVING.set()
     dist.destroy_process_group()
     if ended:
         raise SystemExit(3, ended)
@@ -1225,14 +1229,6 @@ def watch_machines(rank, args):
         if not LEAVING.is_set():
             print(f"main.py: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
-
-
-def leave():
-    """Watch the other machines no longer: from now on they may be gone."""
-    LEAVING.set()
-    for thread in threading.enumerate():
-        if thread.name == "watch":
-            thread.join(LAST_SECONDS)  # a process that ends while it waits for the store is aborted, and has failed
 
 
 def watch_store(beat):
