@@ -1,5 +1,6 @@
 """Runs that several tests look at; each is made once."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from fake_hub import start_hub
 
 import main
+from fllama import launch, options
 
 ROOT = Path(main.__file__).parent
 SMALL_RUN = "--world_size 2 --num_rounds 4 --local_steps 2 --save_rounds 1 --eval_rounds 2".split()
@@ -24,13 +26,13 @@ def imports_of_the_ranks():
     import torch
 
     if not torch.cuda.is_available():
-        main.start_imports()
+        launch.start_imports()
 
 
 @pytest.fixture(scope="session")
 def hub():
     """A fake hub that has the embedded model."""
-    return start_hub(main.EMBEDDED_MODEL)
+    return start_hub(options.EMBEDDED_MODEL)
 
 
 def write_rows(path, rows):
@@ -63,7 +65,7 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sample_rows():
     """The rows of the embedded training split, as dicts."""
-    return [json.loads(line) for line in Path(main.EMBEDDED_DATA, "train.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path(options.EMBEDDED_DATA, "train.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +93,7 @@ def small_inputs(tmp_path_factory, sample_rows):
     folder = tmp_path_factory.mktemp("inputs")
     rows = sorted(sample_rows, key=lambda row: len(row["context"]))[:80]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = AutoTokenizer.from_pretrained(main.EMBEDDED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(options.EMBEDDED_MODEL)
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
@@ -99,6 +101,43 @@ def small_inputs(tmp_path_factory, sample_rows):
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return ["--model_name", str(folder / "model"), "--dataset_path", str(folder / "rows.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(small_inputs, tmp_path_factory):
+    """A function that returns the folder of an undisturbed run with more flags; each is made once."""
+    from runs import FLAGS
+
+    @functools.cache
+    def run(more=""):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        main.main([*FLAGS, *small_inputs, *more.split(), "--output_dir", str(folder)])
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def run_here(small_inputs, tmp_path, capsys):
+    """A function that runs main in this process, the ranks in theirs; returns (exit code, what main said on stderr)."""
+    from multiprocessing import forkserver
+
+    import psutil
+    from runs import FLAGS
+
+    def run(more="", target=None):
+        code = 0
+        try:
+            main.main([*FLAGS, *small_inputs, *more.split(), "--output_dir", str(tmp_path)], target=target)
+        except SystemExit as error:
+            code = error.code
+        run.output, errors = capsys.readouterr()
+        server = psutil.Process(forkserver._forkserver._forkserver_pid)
+        assert not [child for child in server.children() if child.status() != psutil.STATUS_ZOMBIE]
+        assert not list(tmp_path.glob(".prepared-*"))
+        return code, errors
+
+    return run
 
 
 def read_adapters(folder):

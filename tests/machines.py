@@ -97,18 +97,17 @@ class Machines:
         self.processes.append(process)
         return process
 
-    def torchrun(self, i, *flags, nodes=None, ranks=1, store=None, sharing=False, more=(), conf="", script="main.py"):
-        """Start torchrun on machine `i`; machine 0 has the store in which they meet, or `store`.
+    def torchrun(self, i, *flags, nodes=None, ranks=1, store=0, sharing=False, more=(), conf="", prefix=()):
+        """Start main.py under torchrun on machine `i`; the agents meet in a store on machine `store`.
 
-        Without `sharing`, rank 0 has a store of its own for the ranks, else they share one with the agents.
+        With `sharing`, the ranks meet in that store, too, as torchrun does by default; without, rank 0 has another.
         """
-        meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", store or f"{self.address(0)}:29400", "--rdzv_id", self.tag]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes or len(self.names), *meet]
-        host = f"is_host={int(i == 0 and not store)}"  # which it finds out by names, and these machines have none
+        meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{self.address(store)}:29400", "--rdzv_id", self.tag]
+        command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes or len(self.names), *meet]
+        host = f"is_host={int(i == store)}"  # which it finds out by names, and these machines have none
         command += ["--rdzv_conf", ",".join(filter(None, [host, conf])), "--local_addr", self.address(i)]
-        command += ["--nproc_per_node", ranks, *more, ROOT / script, *flags]
-        environment = {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(not sharing))}
-        return self.start(i, *command, env=os.environ | environment)
+        command += ["--nproc_per_node", ranks, *more, ROOT / "main.py", *flags]
+        return self.start(i, *command, env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(not sharing))})
 
     def close(self):
         for process in self.processes:

@@ -10,13 +10,13 @@ import sys
 import datasets
 import numpy as np
 import pytest
+import report
 import torch
 from conftest import ROOT, read_adapters
 from workers import gradients_rank, layouts_rank, resume_rank
 
 import federated
 import main
-import report
 import utils
 
 # -----------------------------------------------------------------------------

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import report
 import torch
 from conftest import FINISHED_RUN, ROOT, run_main
 from huggingface_hub import ModelCard
 
 import main
-import report
 import utils
 
 # -----------------------------------------------------------------------------

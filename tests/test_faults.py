@@ -13,6 +13,7 @@ import time
 
 import psutil
 import pytest
+import report
 import torch
 from conftest import ROOT, SMALL_RUN, read_adapters, write_rows
 from safetensors.torch import load_file
@@ -20,7 +21,6 @@ from transformers import AutoConfig
 from workers import poisoned_rank, troubled_rank
 
 import main
-import report
 import utils
 
 FLAGS = [*SMALL_RUN, "--learning_rate", "1e-2"]

@@ -5,6 +5,7 @@ import functools
 import datasets
 import numpy as np
 import pytest
+import report
 import torch
 import torch.distributed as dist
 from conftest import read_adapters, run_main
@@ -12,7 +13,6 @@ from workers import layouts_rank
 
 import federated
 import main
-import report
 import utils
 
 # -----------------------------------------------------------------------------

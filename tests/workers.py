@@ -1,12 +1,16 @@
-"""What runs inside the ranks of the tests: at top level, so that a child process can import it."""
+"""What runs inside the ranks of the tests: at top level, so that a child process can import it.
 
-import argparse
+A target is a function (rank, args, run). It replaces functions of the sources in its own process, and then does what
+main.run_rank does.
+"""
+
 import gc
 import os
 import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +18,8 @@ import torch.distributed as dist
 
 import utils
 
-COLLECTIVES = """all_reduce broadcast barrier all_gather all_gather_object all_to_all_single reduce gather scatter send
-recv send_object_list recv_object_list""".split()
+COLLECTIVES = """all_reduce broadcast barrier monitored_barrier all_gather all_gather_object all_to_all_single reduce
+gather scatter send recv send_object_list recv_object_list""".split()
 
 
 def note_collectives(calls):
@@ -27,50 +31,6 @@ def note_collectives(calls):
             return original(*args, **kwargs)
 
         setattr(dist, name, noted)
-
-
-def traced_rank(rank, args):
-    """main.run_rank in the environment of a launcher such as torchrun; writes down what the faults would change."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "ACCELERATE_USE_CPU": "true"}
-    import federated
-    import main
-
-    trace = {"collectives": [], "batches": [], "learning_rates": [], "updates": [], "weights": []}
-    note_collectives(trace["collectives"])
-
-    class TracedTrainer(federated.LocalTrainer):
-        def training_step(self, model, inputs, *rest):
-            pad = self.processing_class.pad_token_id
-            trace["batches"].append([tuple(ids[ids != pad].tolist()) for ids in inputs["input_ids"]])
-            return super().training_step(model, inputs, *rest)
-
-    class TracedRounds(federated.FederatedRounds):
-        def on_train_begin(self, args, state, control, model, **kwargs):
-            trace["own_start"] = utils.flatten_parameters(self.lora)
-            super().on_train_begin(args, state, control, model=model, **kwargs)
-            trace["start"] = utils.flatten_parameters(self.lora)
-            trace["processes"] = self.trainer.accelerator.num_processes
-            trace["wrapped"] = type(self.trainer.model_wrapped).__name__
-            trace["names"] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-            trace["dtypes"] = {parameter.dtype for parameter in self.lora}
-
-        def on_optimizer_step(self, args, state, control, **kwargs):
-            super().on_optimizer_step(args, state, control, **kwargs)
-            trace["learning_rates"].append(self.learning_rate)
-
-        def on_train_end(self, args, state, control, model, **kwargs):
-            trace["end"] = utils.flatten_parameters(self.lora)
-            torch.save(trace, f"{self.args.output_dir}/trace_{rank}.pt")
-
-    def traced_fedavg(update, weight, state, fedavg=utils.fedavg):
-        trace["updates"].append(update.clone())
-        trace["weights"].append(weight)
-        return fedavg(update, weight, state)
-
-    federated.LocalTrainer, federated.FederatedRounds = TracedTrainer, TracedRounds
-    utils.AGGREGATORS["fedavg"] = traced_fedavg
-    main.run_rank(rank, args)
 
 
 def average_rank(rank, folder, values):
@@ -91,196 +51,275 @@ def average_rank(rank, folder, values):
         raise AssertionError("a wrong world_size was taken")
 
 
-def layouts_rank(flags, cases, rank, args):
-    """Run every one of `cases`, flags by name, on the data that main.py has prepared once."""
-    for name, more in cases.items():
-        run_case(f"{args.output_dir}/{name}", [*flags, *more.split()], rank, args)
+# -----------------------------------------------------------------------------
+# runs that write down what they do
 
 
-def run_case(folder, flags, rank, args, resume_from=None):
-    import federated
-    import main
-    import report
+def traced_rank(rank, args, run):
+    """main.run_rank in the environment of a launcher such as torchrun; writes down what the five faults would change.
 
-    utils.ANSWERED_ROWS, utils.GLOBAL_EVAL_ROWS, utils.CLIENT_EVAL_ROWS = 1, 2, 1
-    report.plot_losses = lambda folder: None
-    gc.freeze()  # the imported modules, which each trainer would collect anew
-    for name in main.LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
-    case = main.parse_args([*flags, "--output_dir", folder])
-    case.model_path, case.data_path, case.resume_from = args.model_path, args.data_path, resume_from
-    case.store_path = f"{args.store_path}_{Path(folder).name}"
-    os.makedirs(folder, exist_ok=True)
-    federated.local_train(rank, case)
-
-
-def resume_rank(flags, cases, rank, args):
-    """Run every case to its end, and again from the checkpoint before its last round (half) and after it (end)."""
-    for name, more in cases.items():
-        flags_of_case, whole = [*flags, *more.split()], f"{args.output_dir}/{name}"
-        run_case(whole, flags_of_case, rank, args)
-        last = max(entry["round"] for entry in utils.read_rounds(whole))
-        for copy, resumed in ((f"{whole}_half", last - 1), (f"{whole}_end", last)):
-            if rank == 0:
-                later = f"round_{last:05d}" if resumed < last else "none"
-                gone = shutil.ignore_patterns(later, "client_models", "federated_global_model")
-                shutil.copytree(whole, f"{copy}.tmp", ignore=gone)
-                utils.cut_back_logs(f"{copy}.tmp", resumed)
-                os.rename(f"{copy}.tmp", copy)
-            while not os.path.exists(copy):
-                time.sleep(0.01)
-            run_case(copy, flags_of_case, rank, args, resume_from=max(Path(copy, "checkpoints").glob("round_*")))
-
-
-def gradients_rank(rank, args):
-    """One rank plays all clients; writes down what is added to each step's gradient, and what it depends on."""
-    import federated
-    import main
-
-    trace = []
-
-    class TracedRounds(federated.FederatedRounds):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            def gradient():
-                return utils.flatten_parameters([p.grad for p in self.parameters])
-
-            before = gradient()
-            super().on_pre_optimizer_step(args, state, control, **kwargs)
-            number, client, _ = self.data.turns[state.global_step // self.args.local_steps]
-            moved = utils.flatten_parameters(self.parameters) - self.start
-            trace.append(
-                {"round": number, "client": client, "before": before, "added": gradient() - before, "moved": moved}
-            )
-
-    federated.FederatedRounds = TracedRounds
-    main.run_rank(rank, args)
-    torch.save(trace, f"{args.output_dir}/gradients.pt")
-
-
-def faulty_rank(fault, rank, args):
-    """main.run_rank with one of the faults that the self-check is there for."""
+    The self-check is silent here, so that a fault comes as far as the trace.
+    """
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "ACCELERATE_USE_CPU": "true"}
     import trl
 
     import federated
     import main
+    from fllama import publish, selfcheck
 
-    if fault == "curve from zero":
-        federated.LocalTrainer.create_scheduler = trl.SFTTrainer.create_scheduler
-    elif fault == "own start":
-        dist.broadcast = lambda *args, **kwargs: None
-    elif fault == "ddp":
-        original = federated.FederatedRounds.on_train_begin
+    trace = {"collectives": [], "batches": [], "learning_rates": [], "updates": [], "weights": []}
+    note_collectives(trace["collectives"])
+    selfcheck.check = lambda comm, log, passed, text: None
+    original_start, original_steps = federated.start_or_resume, federated.local_steps
+    original_step, original_publish = trl.SFTTrainer.training_step, publish.publish
+    in_local_steps = []
 
-        def wrapped(self, *args, **kwargs):
-            self.trainer.model_wrapped = torch.nn.parallel.DistributedDataParallel(self.model)
-            original(self, *args, **kwargs)
+    def start_or_resume(args, run, comm, trainer, rows, lora, private):
+        trace["own_start"] = utils.flatten_parameters(lora)
+        server, clients = original_start(args, run, comm, trainer, rows, lora, private)
+        trace["start"] = utils.flatten_parameters(lora)
+        trace["processes"] = trainer.accelerator.num_processes
+        trace["wrapped"] = type(trainer.model_wrapped).__name__
+        trace["names"] = [name for name, each in trainer.model.named_parameters() if each.requires_grad]
+        trace["dtypes"] = {parameter.dtype for parameter in lora}
+        return server, clients
 
-        federated.FederatedRounds.on_train_begin = wrapped
-    elif fault == "shared gradients":
+    def local_steps(*args):
+        in_local_steps.append(True)
+        original_steps(*args)
+        in_local_steps.clear()
 
-        def average_gradients(self, *args, **kwargs):
-            for parameter in self.parameters:
-                dist.all_reduce(parameter.grad)
+    def training_step(self, model, inputs, *rest):
+        pad = self.processing_class.pad_token_id
+        trace["batches"].append([tuple(ids[ids != pad].tolist()) for ids in inputs["input_ids"]])
+        return original_step(self, model, inputs, *rest)
 
-        federated.FederatedRounds.on_pre_optimizer_step = average_gradients
-    elif fault == "same rows":
-        federated.LocalTrainer._get_train_sampler = lambda self, *rows: [0] * len(self.train_dataset)
-    main.run_rank(rank, args)
+    def before_optimizer_step(optimizer, *args):
+        if in_local_steps:
+            trace["learning_rates"].append(optimizer.param_groups[0]["lr"])
 
+    def traced_fedavg(clients, state, fedavg=utils.fedavg):
+        (turn,) = clients.turns
+        trace["updates"].append(turn.update.clone())
+        trace["weights"].append(turn.weight)
+        return fedavg(clients, state)
 
-def two_sums(update, weight, state):
-    """FedAvg as one would write it down, with a state that is changed before anything is sent."""
-    state["rounds"] = state.get("rounds", torch.zeros(1)).add_(1)
-    average = utils.sum_over_clients(weight * update) / utils.sum_over_clients(weight)
-    return average * state["rounds"]
+    def publish_and_save(args, run, comm, trainer, *rest):
+        trace["end"] = utils.flatten_parameters(utils.shared_parameters(trainer.model, "lora_"))
+        torch.save(trace, f"{args.output_dir}/trace_{rank}.pt")
+        original_publish(args, run, comm, trainer, *rest)
 
-
-def strategies_rank(rank, folder, cases, world_size, layout):
-    """Average the clients of every case, round by round; writes down the averages, and the aggregation error.
-
-    Client k is played by rank k % world_size, or by another (`shuffled`), or by rank 0 whatever k is (`idle`). With
-    `machines`, ranks 0 and 1 are on one, 2 and 3 on another, and 4 on a third.
-    """
-    import federated
-
-    utils.AGGREGATORS["two_sums"] = two_sums
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(f"{folder}/store", world_size), rank=rank, world_size=world_size
-    )
-    result = {"averages": {}}
-    if layout == "machines":
-        utils.set_machines([0, 0, 1, 1, 2])
-        utils.CODE_BLOCK = 2  # that short vectors take this way, too
-        result["streams"] = average_by_streams(rank)
-    note_collectives(calls := [])
-    offset = world_size - 1 if layout == "shuffled" else 0
-    for name, case in cases.items():
-        calls.clear()
-        args = argparse.Namespace(aggregator=case["aggregate"], **case["settings"])
-        model = torch.nn.ParameterList([torch.zeros(*shape) for shape in case["shapes"]])
-        start, state, averages = case["start"], {}, []
-        mine = [k for k in range(len(case["weights"])) if k % world_size == (rank + offset) % world_size]
-        if layout == "idle":
-            mine = [] if rank else list(range(len(case["weights"])))
-        for updates in case["updates"]:
-            clients = [(k, case["weights"][k], updates[k]) for k in (reversed(mine) if layout == "shuffled" else mine)]
-            for i, (client, weight, update) in enumerate(clients[:-1]):  # a rank has all but its last in files
-                torch.save(update.clone(), f"{folder}/update_{rank}_{i}.pt")
-                clients[i] = (client, weight, f"{folder}/update_{rank}_{i}.pt")
-            strategy = federated.make_strategy(args)
-            average = utils.federated_average(model, world_size, start, clients, strategy, state)
-            if name != "none":
-                assert torch.equal(utils.flatten_parameters(list(model)), start + average)
-            start = start + average
-            averages.append(average)
-        result["averages"][name] = averages
-        if name == "fedavg":
-            result["calls"] = list(calls)
-        if name == "svd":
-            clients = [(k, case["weights"][k], case["start"] + case["updates"][0][k]) for k in mine]
-            result["error"] = utils.product_error(clients, [torch.Size(shape) for shape in case["shapes"]])
-    torch.save(result, f"{folder}/strategies_{rank}.pt")
-    dist.destroy_process_group()
+    federated.start_or_resume, federated.local_steps = start_or_resume, local_steps
+    trl.SFTTrainer.training_step, publish.publish = training_step, publish_and_save
+    torch.optim.optimizer.register_optimizer_step_pre_hook(before_optimizer_step)
+    utils.AGGREGATORS["fedavg"] = traced_fedavg
+    main.run_rank(rank, args, run)
 
 
-def average_by_streams(rank):
-    """Average the same 6 clients in 20 rounds; returns the averages and the bytes between machines, by dtype."""
-    results = {}
-    for dtype in ("float32", "bfloat16", "int8"):
-        kept_back, averages, model = {"machine": {}}, [], torch.nn.ParameterList([torch.zeros(3000)])
-        updates = torch.randn(6, 3000, generator=torch.Generator().manual_seed(4))
-        clients = [(k, 1.0 + k, updates[k]) for k in ([0, 5] if rank == 0 else [rank])]
-        utils.outbox["between"] = 0
-        for _ in range(20):
-            start = torch.zeros(3000)
-            averages.append(utils.federated_average(model, 5, start, clients, dtype=dtype, kept_back=kept_back))
-        results[dtype] = averages, utils.outbox["between"]
-    return results
+def gradients_rank(rank, args, run):
+    """One rank plays all clients; writes down what is added to each step's gradient, and what it depends on."""
+    from accelerate import Accelerator
 
-
-def troubled_rank(trouble, victim, rank, args):
-    """main.run_rank, but in the first launch something happens to rank `victim` in round 2 (of 2 steps a turn)."""
     import federated
     import main
 
-    def at(step, function, who=victim):
-        """Call `function` in the forward pass of rank `who` that follows so many optimizer steps."""
-        original = federated.LocalTrainer.training_step
+    trace, now = [], {}
+    original_steps, original_clip = federated.local_steps, Accelerator.clip_grad_norm_
 
-        def training_step(self, *args):
-            if self.state.global_step == step and rank == who:
-                function()
-            return original(self, *args)
+    def gradient():
+        return utils.flatten_parameters([parameter.grad for parameter in now["parameters"]])
 
-        federated.LocalTrainer.training_step = training_step
+    def local_steps(args, trainer, batches, parameters, server, client_state, turn, rates):
+        now.update(parameters=parameters, server=server, client=turn.client)
+        original_steps(args, trainer, batches, parameters, server, client_state, turn, rates)
+        now.clear()
 
-    def before(owner, name, function, which=2):
-        """Call `function` before the victim's second call of `name`, which is in round 2, or another one."""
-        original, calls = getattr(owner, name), []
+    def clip_grad_norm_(self, *args):
+        original_clip(self, *args)
+        now["before"] = gradient()
+
+    def before_optimizer_step(optimizer, *args):
+        if not now:  # the step that creates the optimizer's state
+            return
+        number, start = now["server"].rounds_done + 1, now["server"].start
+        moved = utils.flatten_parameters(now["parameters"]) - start
+        step = {"round": number, "client": now["client"], "before": now["before"], "moved": moved}
+        trace.append(step | {"added": gradient() - now["before"]})
+
+    federated.local_steps, Accelerator.clip_grad_norm_ = local_steps, clip_grad_norm_
+    torch.optim.optimizer.register_optimizer_step_pre_hook(before_optimizer_step)
+    main.run_rank(rank, args, run)
+    torch.save(trace, f"{args.output_dir}/gradients.pt")
+
+
+# -----------------------------------------------------------------------------
+# many runs in one launch, on rows that are prepared once
+
+
+def run_case(folder, flags, rank, args, run, checkpoint=None):
+    """Run one federation of its own in the ranks of this launch, from the beginning or a checkpoint."""
+    import federated
+    import main
+    from fllama import data, launch, report
+
+    launch.isolate_rank(rank, args, run)
+    data.ANSWERED_ROWS, data.GLOBAL_EVAL_ROWS = 1, 2  # what takes the time
+    report.plot_losses = lambda folder, rounds: None
+    gc.freeze()  # the imported modules, which each trainer would collect anew
+    case = main.parse_args([*flags, "--output_dir", str(folder)])
+    os.makedirs(folder, exist_ok=True)
+    rendezvous = f"{run.rendezvous}_{Path(folder).name}"
+    federated.local_train(rank, case, replace(run, checkpoint=checkpoint, rendezvous=rendezvous))
+
+
+def layouts_rank(flags, cases, rank, args, run):
+    """Run every one of `cases`, flags by name, each in a folder of its name in output_dir."""
+    for name, more in cases.items():
+        run_case(f"{args.output_dir}/{name}", [*flags, *more.split()], rank, args, run)
+
+
+def resume_rank(flags, cases, rank, args, run):
+    """Run every case to its end, and again from the checkpoint before its last round (half) and after it (end)."""
+    from fllama import runlog
+
+    for name, more in cases.items():
+        flags_of_case, whole = [*flags, *more.split()], f"{args.output_dir}/{name}"
+        run_case(whole, flags_of_case, rank, args, run)
+        last = max(entry["round"] for entry in runlog.read_rounds(whole))
+        for copy, rounds_done in ((f"{whole}_half", last - 1), (f"{whole}_end", last)):
+            resume_case(whole, copy, rounds_done, flags_of_case, rank, args, run)
+
+
+def resume_elsewhere_rank(flags, cases, source, rank, args, run):
+    """Resume every case that `source` has, from the checkpoint before its last round."""
+    from fllama import runlog
+
+    for name, more in cases.items():
+        last = max(entry["round"] for entry in runlog.read_rounds(f"{source}/{name}"))
+        copy, flags_of_case = f"{args.output_dir}/{name}", [*flags, *more.split()]
+        resume_case(f"{source}/{name}", copy, last - 1, flags_of_case, rank, args, run)
+
+
+def resume_case(whole, copy, rounds_done, flags, rank, args, run):
+    """Copy a finished run as it was after `rounds_done` rounds, and resume it."""
+    from fllama import runlog
+
+    if rank == 0:
+        later = f"round_{rounds_done + 1:05d}"
+        gone = shutil.ignore_patterns(later, "client_models", "federated_global_model")
+        shutil.copytree(whole, f"{copy}.tmp", ignore=gone)
+        runlog.cut_back_logs(f"{copy}.tmp", rounds_done)
+        os.rename(f"{copy}.tmp", copy)
+    while not os.path.exists(copy):
+        time.sleep(0.01)
+    checkpoint = max(Path(copy, "checkpoints").glob("round_*"))
+    assert checkpoint.name == f"round_{rounds_done:05d}"
+    run_case(copy, flags, rank, args, run, checkpoint)
+
+
+# -----------------------------------------------------------------------------
+# what goes wrong
+
+
+def faulty_rank(fault, rank, args, run):
+    """main.run_rank with one of the faults that the self-check is there for."""
+    from accelerate import Accelerator
+
+    import federated
+    import main
+    from fllama import data
+
+    if fault == "curve from zero":
+        original = federated.build_optimizer
+
+        def build_optimizer(args, trainer):
+            learning_rate = original(args, trainer)
+            return lambda number, step: learning_rate(number, step - 1)
+
+        federated.build_optimizer = build_optimizer
+    elif fault == "own start":
+        dist.broadcast = lambda *args, **kwargs: None
+    elif fault == "ddp":
+        original = federated.start_or_resume
+
+        def start_or_resume(args, run, comm, trainer, *rest):
+            found = original(args, run, comm, trainer, *rest)
+            trainer.model_wrapped = torch.nn.parallel.DistributedDataParallel(trainer.model)
+            return found
+
+        federated.start_or_resume = start_or_resume
+    elif fault == "shared gradients":
+
+        def average_gradients(self, parameters, *args):
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+
+        Accelerator.clip_grad_norm_ = average_gradients
+    elif fault == "same rows":
+
+        def first_rows(self, client, number):
+            return self.own[client][self.schedules[client][: self.rows_per_turn]].tolist()
+
+        data.ClientData.rows_of_turn = first_rows
+    elif fault == "rows of others":
+
+        def anybodys_rows(self, client, number):
+            first = self.turns_before[number, client] * self.rows_per_turn
+            return list(range(first, first + self.rows_per_turn))
+
+        data.ClientData.rows_of_turn = anybodys_rows
+    elif fault == "ranks apart":
+
+        def almost_fedavg(clients, state, fedavg=utils.fedavg):
+            state["round"] = state.get("round", 0) + 1
+            return fedavg(clients, state) + 1e-3 * rank * (state["round"] == 2)
+
+        utils.AGGREGATORS["fedavg"] = almost_fedavg
+    else:
+        raise ValueError(fault)
+    main.run_rank(rank, args, run)
+
+
+def troubled_rank(trouble, victim, rank, args, run):
+    """main.run_rank, but in the first launch something happens to rank `victim` in round 2."""
+    import trl
+
+    import federated
+    import main
+    from fllama import checkpoints, evaluate
+
+    now = {"round": 0, "turn": 0, "batch": 0}
+    original_steps, original_step = federated.local_steps, trl.SFTTrainer.training_step
+    in_a_step = []  # (turn of round 2, function): called in the last forward pass of that turn
+
+    def local_steps(args, trainer, batches, parameters, server, *rest):
+        number = server.rounds_done + 1
+        now.update(round=number, turn=now["turn"] + 1 if number == now["round"] else 1, batch=0)
+        original_steps(args, trainer, batches, parameters, server, *rest)
+
+    def training_step(self, *rest):
+        now["batch"] += 1
+        if now["round"] == 2 and now["batch"] == args.local_steps * args.gradient_accumulation_steps:
+            for turn, function in in_a_step:
+                if turn == now["turn"]:
+                    function()
+        return original_step(self, *rest)
+
+    federated.local_steps, trl.SFTTrainer.training_step = local_steps, training_step
+
+    def at(turn, function, who=victim):
+        if rank == who:
+            in_a_step.append((turn, function))
+
+    def before(owner, name, function):
+        """Call `function` before the victim's first call of owner.name in round 2."""
+        original, called = getattr(owner, name), []
 
         def wrapped(*args, **kwargs):
-            calls.append(name)
-            if rank == victim and len(calls) == which:
+            if rank == victim and now["round"] == 2 and not called:
+                called.append(True)
                 function()
             return original(*args, **kwargs)
 
@@ -295,54 +334,60 @@ def troubled_rank(trouble, victim, rank, args):
     def fill_the_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    turns = -(-args.clients_per_round // args.world_size)
-    middle = 2 * turns + 1  # of the first turn of round 2
-    if args.store_path.endswith("_0") and not args.resume_from:
+    def fail_in_two_lines():
+        raise RuntimeError("something with a line\nand another")
+
+    def run_out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if run.rendezvous.endswith("_0") and not run.checkpoint:
         if trouble == "killed in a step":
-            at(middle, die)
+            at(1, die)
         elif trouble == "killed in a collective":  # the other rank is in it already
             before(dist, "all_reduce", lambda: (time.sleep(0.5), die()))
         elif trouble == "killed while saving":
-            before(utils, "seal", die)
+            before(checkpoints, "seal", die)
         elif trouble == "stopped in a step":  # the other rank waits for it
-            at(middle, lambda: (time.sleep(1), be_stopped()))
+            at(1, lambda: (time.sleep(1), be_stopped()))
         elif trouble == "stopped ahead of the others":
-            at(middle, be_stopped)
-            at(middle, lambda: time.sleep(1), 1 - victim)
+            at(1, be_stopped)
+            at(1, lambda: time.sleep(1), 1 - victim)
         elif trouble == "stopped in a later turn":
-            at(middle + 2, be_stopped)
+            at(2, be_stopped)
         elif trouble == "stopped while evaluating":
-            before(federated, "evaluate", be_stopped, 1)
+            before(evaluate, "evaluate", be_stopped)
         elif trouble == "stopped while saving":
-            before(utils, "seal", be_stopped)
+            before(checkpoints, "seal", be_stopped)
         elif trouble == "no answer in a collective":
             before(dist, "all_reduce", lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif trouble == "slow":
-            at(middle, lambda: time.sleep(60))
+            at(1, lambda: time.sleep(60))
+        elif trouble == "slow round":
+            at(1, lambda: time.sleep(4))
         elif trouble == "disk full":
-            before(federated.FederatedRounds, "save", fill_the_disk)
+            before(checkpoints, "write_checkpoint", fill_the_disk)
         elif trouble == "exception":
-            at(middle, lambda: (_ for _ in ()).throw(RuntimeError("something with a line\nand another")))
+            at(1, fail_in_two_lines)
         elif trouble == "out of memory":
-            at(middle, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+            at(1, run_out_of_memory)
         else:
             raise ValueError(trouble)
-    main.run_rank(rank, args)
+    main.run_rank(rank, args, run)
 
 
-def poisoned_rank(poison, clients, rank, args, bad_round=2):
+def poisoned_rank(poison, clients, rank, args, run, bad_round=2):
     """main.run_rank, but after the last step of a round the tensors of `clients` are `poison` times as large."""
     import federated
     import main
 
-    original = federated.FederatedRounds.on_step_end
+    original = federated.local_steps
 
-    def on_step_end(self, args, state, control, **kwargs):
-        number, client, _ = self.data.turns[(state.global_step - 1) // self.args.local_steps]
-        if state.global_step % self.args.local_steps == 0 and number == bad_round and client in clients:
-            for parameter in [*self.parameters, *self.private]:
-                parameter.data.mul_(poison)
-        return original(self, args, state, control, **kwargs)
+    def local_steps(args, trainer, batches, parameters, server, client_state, turn, rates):
+        original(args, trainer, batches, parameters, server, client_state, turn, rates)
+        if server.rounds_done + 1 == bad_round and turn.client in clients:
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.mul_(poison)
 
-    federated.FederatedRounds.on_step_end = on_step_end
-    main.run_rank(rank, args)
+    federated.local_steps = local_steps
+    main.run_rank(rank, args, run)

@@ -131,10 +131,9 @@ def speed_rank(own_flags, kinds, turns, rank, args):
 
 
 def speed(folder, shape, words, kinds):
+    import report
     import torch
     from transformers import LlamaConfig
-
-    import report
 
     flags = make_inputs(folder, shape, words)
     flags += f" --world_size 1 --local_steps 1 --num_rounds {STEPS + 2} --eval_rounds 100 --save_rounds 100"

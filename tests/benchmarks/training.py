@@ -125,10 +125,9 @@ def with_paths(args, folder):
 
 
 def prepare(rank):
+    import report
     import torch
     import transformers
-
-    import report
 
     for name in main.LAUNCHER_VARIABLES:
         os.environ.pop(name, None)

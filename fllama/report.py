@@ -1,0 +1,344 @@
+"""What people see of a run: header, table of the split, a round's line, curves, summary, model card."""
+
+import collections
+from pathlib import Path
+
+import torch
+
+import utils
+from fllama import options
+from fllama.collectives import CODE_BYTES
+
+SECONDS = ("local", "average", "eval", "save")  # of a round, in rounds.jsonl
+SHOWN_CLIENTS, SHOWN_LABELS = 24, 8  # lines and columns of the table of the split; partition.json has all
+# told apart by everybody (after Okabe and Ito 2008), and readable on white and on black
+BLUE, ORANGE, GREY = "#2A87C8", "#D55E00", "#777777"
+
+# -----------------------------------------------------------------------------
+# before training
+
+
+def partition_table(partition):
+    """Return the table of clients x rows, and x labels if there are any, as text; `partition` as in partition.json."""
+    clients, shown = partition["clients"], partition["clients"][:SHOWN_CLIENTS]
+    more = ""
+    if len(clients) > len(shown):
+        more = f"\n  ... {len(clients) - len(shown)} more clients, see partition.json"
+    if "labels" not in clients[0]:
+        sizes = " ".join(str(len(client["rows"])) for client in shown)
+        return f"  rows of the clients: {sizes}{more}"
+
+    counts = collections.Counter()
+    for client in clients:
+        counts.update(client["labels"])
+    labels = sorted(label for label, _ in counts.most_common(SHOWN_LABELS))
+    has_others = len(counts) > len(labels)
+    lines = [["client", "rows", *(label[:12] for label in labels)]]
+    for client in shown:
+        cells = [client["labels"].get(label, 0) for label in labels]
+        lines.append([client["client"], len(client["rows"]), *cells])
+        if has_others:
+            lines[-1].append(len(client["rows"]) - sum(cells))
+    if has_others:
+        lines[0].append("others")
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines)]
+    rows = []
+    for line in lines:
+        rows.append("  " + "  ".join(str(cell).rjust(width) for cell, width in zip(line, widths)))
+    return "\n".join(rows) + more
+
+
+def print_header(args, run, rows, server, clients, model_bytes):
+    """Print the sizes that a user can check before the first step.
+
+    `model_bytes` is what the model needs on every rank.
+    """
+    num_train, shared = rows.num_train, server.start.numel()
+    each = f"{min(num_train)}" if min(num_train) == max(num_train) else f"{min(num_train)} to {max(num_train)}"
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    megabytes = CODE_BYTES[args.average_dtype] * shared / 1e6
+    averaging = [args.aggregator]
+    if args.lora_variant != "lora":
+        averaging.append(f"variant {args.lora_variant}")
+    machines = f" on {len(set(run.machine_of_rank))} machines" if len(set(run.machine_of_rank)) > 1 else ""
+    lines = [
+        f"{args.model_name}, {describe_precision(args)}, LoRA r={args.lora_r}",
+        f"  clients    {len(num_train)}{describe_draw(args)}, {each} training rows each; "
+        f"{len(rows.global_held_out)} global held-out rows",
+        f"  rounds     {args.num_rounds} x {args.local_steps} local steps x {batch} rows",
+        f"  shared     {shared:,} LoRA parameters, {megabytes:.1f} MB per client and round, "
+        + ", ".join(averaging + describe_local_terms(args)),
+        f"  device     {describe_device(args, run)}, {args.backend}, {args.world_size} rank(s){machines}",
+    ]
+    if 0 < run.num_gpus < args.world_size:
+        lines.append(
+            f"  copies     {args.world_size} of the model, {model_bytes / 1e9:.1f} GB each; "
+            f"--world_size {run.num_gpus} --num_clients {args.num_clients} holds one a GPU, and plays clients in turn"
+        )
+    if len(num_train) > args.world_size:
+        playing = {client for played in rows.plan for client in played.clients()}
+        waiting = waiting_bytes(args, clients, shared)
+        lines.append(
+            f"  absent     --client_state {args.client_state}: {waiting / 1e6:.1f} MB of host memory per client, "
+            f"{waiting * len(playing) / 1e9:.2f} GB for the {len(playing)} that will play, "
+            "and as much in a checkpoint"
+        )
+    print("\n".join(lines), flush=True)
+
+
+def waiting_bytes(args, clients, shared):
+    """Return how many bytes of host memory a client needs between its turns."""
+    trained = sum(parameter.numel() for group in clients.optimizer.param_groups for parameter in group["params"])
+    private = sum(parameter.numel() for parameter in clients.private)
+    vectors = args.scaffold + (args.average_dtype != "float32")
+    return options.moment_bytes(args) * trained + 4 * (private + shared * vectors)
+
+
+def describe_precision(args):
+    return "4-bit NF4" if args.load_in_4bit else "not quantized"
+
+
+def describe_draw(args):
+    clients, per_round = options.training_clients(args)
+    return f", {per_round} drawn for each round" if per_round < clients else ""
+
+
+def describe_local_terms(args):
+    """Return what is added to the clients' gradients."""
+    terms = []
+    if args.prox_mu:
+        terms.append(f"FedProx mu {args.prox_mu:g}")
+    if args.scaffold:
+        terms.append("SCAFFOLD")
+    return terms
+
+
+def describe_device(args, run):
+    if not run.num_gpus:
+        return f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    shared = ", shared by the ranks" if run.num_gpus < args.world_size else ""
+    return f"{min(run.num_gpus, args.world_size)} x {torch.cuda.get_device_name()}{shared}"
+
+
+# -----------------------------------------------------------------------------
+# during training
+
+
+def round_line(args, entry):
+    """Return the line of a round, from its entry in rounds.jsonl."""
+    width = len(str(args.num_rounds))
+    parts = [
+        f"round {entry['round']:{width}}/{args.num_rounds}",
+        f"train {entry['train_loss']:.4f}",
+        f"eval {entry['eval_loss']:.4f}" if entry["eval_loss"] is not None else " " * 11,
+        f"update {entry['update_norm']:.1e}",
+        f"local {entry['seconds']['local']:.1f}s",
+        f"average {entry['seconds']['average']:.1f}s",
+        f"{entry['peak_memory_gb']:.1f} GB",
+    ]
+    if entry["aggregation_error"] is not None:
+        parts.append(f"aggregation error {100 * entry['aggregation_error']:.1f}%")
+    return " | ".join(parts)
+
+
+# -----------------------------------------------------------------------------
+# after training
+
+
+def new_axes(size):
+    """Return the axes of a figure that can be read on light and on dark pages: no background, grey text."""
+    from matplotlib.figure import Figure  # half a second that only one process has to pay
+
+    axes = Figure(figsize=size, layout="constrained", dpi=150).subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY)
+    axes.xaxis.label.set_color(GREY)
+    axes.yaxis.label.set_color(GREY)
+    return axes
+
+
+def plot_losses(output_dir, rounds):
+    """Draw loss.png: the loss of every client in training, and the global held-out loss, over the rounds."""
+    axes = new_axes((7, 4))
+    of_client = collections.defaultdict(list)  # client -> (round, loss)
+    for entry in rounds:
+        for client, loss in zip(entry["clients"], entry["client_train_loss"]):
+            of_client[client].append((entry["round"], loss))
+    for points in of_client.values():
+        axes.plot(*zip(*points), ".-", markersize=2, color=GREY, alpha=0.5, linewidth=0.7)
+    axes.text(1, 0.96, "each client, training", color=GREY, ha="right", transform=axes.transAxes)
+    for name, style, color, height, label in (
+        ("train_loss", "-", BLUE, 0.89, "mean of the clients, training"),
+        ("eval_loss", "o-", ORANGE, 0.82, "held out, all questions"),
+    ):
+        points = [(entry["round"], entry[name]) for entry in rounds if entry[name] is not None]
+        if points:
+            axes.plot(*zip(*points), style, color=color)
+            label += f": {points[-1][1]:.3f}"
+        axes.text(1, height, label, color=color, ha="right", weight="bold", transform=axes.transAxes)
+    axes.set(xlabel="round", ylabel="loss (nats per answer token)", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.figure.savefig(Path(output_dir, "loss.png"), transparent=True)
+
+
+def summarize(rounds, num_train, scores, clients, num_questions):
+    """Return what summary.json holds: the run in one object.
+
+    `num_train` are the rows of each client, `scores` exact match and F1 before and after, `clients` the scores of those
+    of the last round on their own held-out rows.
+    """
+    evaluated = [entry["eval_loss"] for entry in rounds if entry["eval_loss"] is not None] or [None]  # a log was lost
+    seconds = {}
+    for name in SECONDS:
+        seconds[name] = round(sum(entry["seconds"][name] for entry in rounds), 2)
+    return {
+        "rounds": len(rounds),
+        "clients": len(num_train),
+        "rows": num_train,
+        "tokens": sum(entry["tokens"] for entry in rounds),
+        "seconds": seconds,
+        "eval_loss": {"first": evaluated[0], "last": evaluated[-1]},
+        "exact_match": {when: scores[when]["exact_match"] for when in scores},
+        "f1": {when: scores[when]["f1"] for when in scores},
+        "answered": num_questions,
+        "per_client": clients,
+        "rejected": sum(len(entry["rejected"]) for entry in rounds),
+        "bytes": sum(entry["bytes"] for entry in rounds),
+        "bytes_per_round": max((entry["bytes"] for entry in rounds), default=0),
+        "peak_memory_gb": max((entry["peak_memory_gb"] for entry in rounds), default=0),
+    }
+
+
+def print_summary(args, rounds, summary, samples, target):
+    """Print what the run has come to, and how to use it; `target` is the folder of the model or models."""
+    for sample in samples:
+        print(f"question  {sample['question']}\n  accepted  {' | '.join(sample['accepted'])}")
+        print(f"  before    {sample['before']}\n  after     {sample['after']}")
+    evaluated = [f"{e['eval_loss']:.4f} (round {e['round']})" for e in rounds if e["eval_loss"] is not None]
+    if evaluated:
+        print(f"held-out loss  {evaluated[0]} -> {evaluated[-1]}")
+    for name in ("exact_match", "f1"):
+        before, after = summary[name]["before"], summary[name]["after"]
+        print(f"{name.replace('_', ' '):13}  {before:.1f}% -> {after:.1f}% on {summary['answered']} held-out questions")
+    own = [client["exact_match"] for client in summary["per_client"]]
+    if len(own) > 1:
+        worst = min(summary["per_client"], key=lambda client: client["exact_match"])
+        print(
+            f"on own rows    {sum(own) / len(own):.1f}% exact match, the mean of {len(own)} clients; "
+            f"the worst, client {worst['client']}, {worst['exact_match']:.1f}%"
+        )
+    folder = target / "client_N" if options.keeps_own_models(args) else args.output_dir
+    print(f'use it: python main.py --output_dir {folder} --ask "..." --context "..."', flush=True)
+
+
+# -----------------------------------------------------------------------------
+# the model card
+
+
+def model_card(args, run, summary):
+    """Return the card of the adapter: what it was made from, how, how well it does, its limits, and how to use it."""
+    local = Path(args.model_name).is_absolute()
+    base = Path(args.model_name).name if local else args.model_name
+    on_hub = "" if local else f"base_model: {base}\n"
+    origin = f"`{base}`, a model in a folder of whoever trained this"
+    if not local:
+        origin = f"[{base}](https://huggingface.co/{base})"
+    exact, f1, clients, num_train = summary["exact_match"], summary["f1"], summary["per_client"], summary["rows"]
+    first, last = (f"{loss:.4f}" if loss is not None else "unknown" for loss in summary["eval_loss"].values())
+    own = [client["exact_match"] for client in clients]
+    each = f"{min(num_train)} to {max(num_train)}" if min(num_train) < max(num_train) else f"{num_train[0]}"
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    adapter = "THIS FOLDER/client_0" if options.keeps_own_models(args) else "THIS FOLDER"
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    return f"""---
+{on_hub}library_name: peft
+pipeline_tag: text-generation
+tags: [lora, federated-learning]
+---
+
+# {base}, fine-tuned {"by clients alone" if args.aggregator == "none" else "in federation"}
+
+A LoRA adapter (rank {args.lora_r}, alpha {args.lora_alpha:g}, on all linear layers) for
+{origin}.
+
+| | |
+|---|---|
+| clients | {summary["clients"]}{describe_draw(args)}; {each} training rows each, {sum(num_train)} in all |
+| split | {describe_split(args)} |
+| rounds | {summary["rounds"]} of {args.local_steps} local steps of {batch} rows |
+| averaging | {describe_averaging(args)} |
+| base weights | {describe_precision(args)} |
+| learning rate | {args.learning_rate:g}, {args.lr_scheduler_type} |
+| tokens trained on | {summary["tokens"]:,} |
+| command | `{run.command}` |
+| versions | {versions} |
+
+| {summary["answered"]} held-out questions | before | after |
+|---|---|---|
+| exact match | {exact["before"]:.1f}% | {exact["after"]:.1f}% |
+| F1 | {f1["before"]:.1f}% | {f1["after"]:.1f}% |
+
+Held-out loss {first} nats per answer token at the first evaluated round, {last} at the last. On the clients' own
+held-out rows: exact match {sum(own) / len(own):.1f}% as the mean of {len(own)} clients, {min(own):.1f}% for the worst.
+
+## Limits
+
+The clients were simulated on machines of one owner, so this says nothing about privacy: nothing was encrypted, no noise
+was added, and an adapter can learn rows by heart. It was trained to copy short answers from a text or to continue
+conversations like those in its data; it was not tested for anything else, nor for safety. One run, one seed.
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{adapter}")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+```
+
+Questions about a text were asked with this system message, and the question as the user's:
+
+```text
+{utils.INSTRUCTION}
+
+THE TEXT
+```
+
+Serve it with [vLLM](https://docs.vllm.ai), beside its base model:
+
+```bash
+vllm serve {base} --enable-lora --max-lora-rank {vllm_rank(args.lora_r)} --lora-modules federated="{adapter}"
+```
+
+As one 16-bit model, by the program that trained it, and as GGUF, by [llama.cpp](https://github.com/ggml-org/llama.cpp)
+(the second needs the first; the adapter alone is converted by `convert_lora_to_gguf.py`):
+
+```bash
+python main.py --output_dir OUTPUT_DIR --merge
+python convert_hf_to_gguf.py OUTPUT_DIR/merged_model --outfile model.gguf
+```
+"""
+
+
+def describe_split(args):
+    split = args.partition
+    if args.partition_column:
+        split += f" by {args.partition_column}"
+    if args.partition == "dirichlet":
+        split += f", alpha {args.dirichlet_alpha:g}"
+    return split
+
+
+def describe_averaging(args):
+    parts = [f"`{args.aggregator}`"]
+    if args.lora_variant != "lora":
+        parts.append(args.lora_variant)
+    return ", ".join(parts + describe_local_terms(args))
+
+
+def vllm_rank(r):
+    """Return the least rank that vLLM can be told to expect."""
+    ranks = (8, 16, 32, 64, 128, 256, 320, 512)
+    return next((rank for rank in ranks if rank >= r), r)
