@@ -41,7 +41,8 @@ def local_train(rank, args, run):
     log = runlog.RunLog(rank, args, rows, server.rounds_done)
     first_round = server.rounds_done + 1
     start = server.start if run.checkpoint else utils.flatten_parameters(lora)  # on resume, what is private differs
-    selfcheck.before_training(comm, log, trainer, start, learning_rate(first_round, 0), rows, bool(run.checkpoint))
+    first_rate = learning_rate(min(first_round, args.num_rounds), 0)  # after the last round, nothing is left to learn
+    selfcheck.before_training(comm, log, trainer, start, first_rate, rows, bool(run.checkpoint))
     measured = selfcheck.measured_parameters(lora, len(rows.plan[0].clients()))
     strategy = options.strategy_of(args)
     stop_request = launch.StopRequest(announcement(rank, args, run))  # Ctrl-C and SIGTERM

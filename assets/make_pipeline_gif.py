@@ -21,6 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main
 import utils
+from fllama import runlog
 
 CLIENTS, ROUNDS, STEPS = 4, 5, 6
 FLAGS = f"--num_clients {CLIENTS} --num_rounds {ROUNDS} --local_steps {STEPS} --eval_rounds 1 --world_size 2 "
@@ -36,29 +37,29 @@ PAPER, PANEL, LIT, LINE, GREY, INK = "#151b26", "#1c2432", "#2b3950", "#364152",
 COLORS, GLOBAL = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7"], "#F0E442"  # Okabe and Ito's
 
 
-def traced_rank(rank, args):
+def traced_rank(rank, args, run):
     """main.run_rank that writes down (round, client, step, LoRA vector, rows) at the start and after every step."""
     import federated  # not before the rank has an environment of its own
 
-    trace = []
+    trace, original = [], federated.local_steps
 
-    class TracedRounds(federated.FederatedRounds):
-        def on_step_begin(self, args, state, control, **kwargs):
-            super().on_step_begin(args, state, control, **kwargs)
-            if state.global_step % self.args.local_steps == 0:
-                self.note(state.global_step // self.args.local_steps, 0)
+    def local_steps(args, trainer, batches, parameters, server, client_state, turn, rates):
+        lora, optimizer_step = federated.lora_parameters(trainer.model), trainer.optimizer.step
 
-        def on_step_end(self, args, state, control, **kwargs):
-            turn, step = divmod(state.global_step - 1, self.args.local_steps)
-            self.note(turn, step + 1)
-            super().on_step_end(args, state, control, **kwargs)
+        def note(step):
+            trace.append((server.rounds_done, turn.client, step, utils.flatten_parameters(lora), turn.weight))
 
-        def note(self, turn, step):
-            number, client = self.data.turns[turn]
-            trace.append((number, client, step, utils.flatten_parameters(self.lora), self.data.num_train[client]))
+        def noted_step():
+            optimizer_step()
+            note(trace[-1][2] + 1)
 
-    federated.FederatedRounds = TracedRounds
-    main.run_rank(rank, args)
+        note(0)
+        trainer.optimizer.step = noted_step
+        original(args, trainer, batches, parameters, server, client_state, turn, rates)
+        trainer.optimizer.step = optimizer_step
+
+    federated.local_steps = local_steps
+    main.run_rank(rank, args, run)
     torch.save(trace, f"{args.output_dir}/trace_{rank}.pt")
 
 
@@ -67,7 +68,7 @@ def run():
     with tempfile.TemporaryDirectory() as folder:
         main.main([*FLAGS.split(), "--output_dir", folder], target=traced_rank)
         trace = [note for path in Path(folder).glob("trace_*.pt") for note in torch.load(path)]
-        losses = [entry["eval_loss"] for entry in utils.read_rounds(folder)]
+        losses = [entry["eval_loss"] for entry in runlog.read_rounds(folder)]
     trace.sort(key=lambda note: note[:3])
     vectors = torch.stack([note[3] for note in trace]).double().numpy()
     vectors -= vectors.mean(axis=0)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fllama import checkpoints, data, options, prepare
+from fllama import checkpoints, options, prepare
 from fllama.collectives import CODE_BYTES
 from fllama.options import fail
 
@@ -105,6 +105,8 @@ def tokens_of_batch(args, lengths, answer_lengths):
 
 def print_estimate(args, numbers, num_rows, num_held_out, lengths):
     """Print what `estimate` says, for people."""
+    from fllama import data  # it imports trl: seconds that main.py need not spend on every start
+
     linear, others, lora = numbers["parameters"]
     memory = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in numbers["memory"].items())
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps

@@ -20,7 +20,7 @@ from fllama.launch import STOPPED, EndRun, die_with_parent
 from fllama.options import fail
 
 SIOCGIFADDR = 0x8915  # of the kernel's sockios.h: the address of a network interface
-LOCAL_FLAGS = "model_name dataset_path output_dir num_gpus".split()  # that may differ between machines
+LOCAL_FLAGS = "model_name dataset_path".split()  # that may differ between machines
 
 
 def quiet_but_first():
@@ -97,7 +97,7 @@ class Meeting:
         result, failure = None, None
         try:
             result = function()
-        except SystemExit as error:  # it has said why
+        except BaseException as error:  # the others have to hear of it; this rank says why
             failure = error
         results = [None] * dist.get_world_size()
         dist.all_gather_object(results, (result, failure is not None), group=self.group)  # all ranks participate
@@ -130,11 +130,12 @@ def share_output_dir(args, rank, hosts, meeting, stack):
         if rank > 0:
             return None
         stack.enter_context(checkpoints.locked_output_dir(folder))
-        mark = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".here-"))
+        mark = files.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".here-"))
         return Path(mark.name).name
 
-    mark = meeting.share(make)[0]
-    seen = meeting.share(lambda: (folder / mark).exists())
+    with contextlib.ExitStack() as files:
+        mark = meeting.share(make)[0]
+        seen = meeting.share(lambda: (folder / mark).exists())
 
     def check():
         for host, sees in zip(hosts, seen):

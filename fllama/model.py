@@ -160,8 +160,8 @@ def build_optimizer(args, trainer):
     in, as a warm-up begins at zero, where one local step would be a round without training.
     """
     optimizer = trainer.create_optimizer()
-    create_optimizer_state(optimizer)
     trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, optimizer)
+    create_optimizer_state(optimizer)  # after prepare(), which would load it, and unpage what bitsandbytes pages
     scheduler = trainer.create_scheduler(num_training_steps=args.num_rounds * args.local_steps + 1)
     curve = scheduler.lr_lambdas[0]
 

@@ -157,11 +157,7 @@ def join(rank, folder, world_size):
 
 
 def strategies_rank(rank, folder, world_size, layout):
-    """Average the clients of every case; writes down the averages, and the aggregation error.
-
-    Client k is played by rank k % world_size, or by another (`shuffled`), or by rank 0 whatever k is (`idle`). With
-    `machines`, ranks 0 and 1 are on one, 2 and 3 on another, and 4 on a third.
-    """
+    """Average the clients of every case; writes down the averages."""
     join(rank, folder, world_size)
     result = {"averages": {}}
     machine_of_rank = MACHINES if layout == "machines" else None
@@ -177,15 +173,26 @@ def strategies_rank(rank, folder, world_size, layout):
     for name, each in CASES.items():
         own_clients = clients_of_rank(rank, world_size, layout, len(each["weights"]))
         result["averages"][name] = average_case(each, comm, own_clients, folder)
-    own_clients = clients_of_rank(rank, world_size, layout, 3)
-    result["thinned error"] = error_of(CASES["svd"], comm, own_clients)
-    selfcheck.THINNED = 1  # measure all layers on several machines, too
-    result["error"] = error_of(CASES["svd"], comm, own_clients)
     torch.save(result, f"{folder}/strategies_{rank}.pt")
     dist.destroy_process_group()
 
 
+def error_rank(rank, folder, world_size, layout):
+    """Write down the aggregation error of a round of svd, of all layers and of those measured between machines."""
+    join(rank, folder, world_size)
+    comm = Communicator(rank, world_size, machine_of_rank=MACHINES if layout == "machines" else None)
+    own_clients = clients_of_rank(rank, world_size, layout, 3)
+    thinned = error_of(CASES["svd"], comm, own_clients)
+    selfcheck.THINNED = 1  # measure all layers
+    torch.save({"thinned": thinned, "whole": error_of(CASES["svd"], comm, own_clients)}, f"{folder}/error_{rank}.pt")
+    dist.destroy_process_group()
+
+
 def clients_of_rank(rank, world_size, layout, num_clients):
+    """Client k is played by rank k % world_size, or by another (`shuffled`), or by rank 0 whatever k is (`idle`).
+
+    With `machines`, ranks 0 and 1 are on one, 2 and 3 on another, and 4 on a third.
+    """
     if layout == "idle":
         return [] if rank else list(range(num_clients))
     offset = world_size - 1 if layout == "shuffled" else 0
@@ -252,11 +259,11 @@ def average_by_streams(rank):
 def meeting_rank(rank, folder, how):
     """Meet twice; the second time rank 2 does not come, because it is `late` or `gone`. Writes down what is raised."""
     join(rank, folder, 3)
-    comm = Communicator(rank, 3, timeout_minutes=0.025)  # 1.5 s
+    comm = Communicator(rank, 3, timeout_minutes=0.02)  # 1.2 s
     result = {"messages": comm.meet(f"of rank {rank}")}
     if rank == 2:
         if how == "late":
-            time.sleep(4)
+            time.sleep(2)
         os.kill(os.getpid(), signal.SIGKILL)
     began = time.monotonic()
     try:

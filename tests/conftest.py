@@ -76,6 +76,7 @@ def traced(tmp_path_factory, sample_rows):
     folder = tmp_path_factory.mktemp("traced")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sample_rows[:61]))
     flags = "--world_size 2 --num_rounds 3 --local_steps 1 --per_device_train_batch_size 6 --warmup_steps 2".split()
+    flags += ["--timeout", "0.5"]  # with DDP, ranks may wait for each other for ever
     flags += ["--dataset_path", str(folder / "rows.jsonl"), "--output_dir", str(folder)]
 
     from workers import traced_rank
@@ -148,3 +149,22 @@ def read_adapters(folder):
     files = sorted(Path(folder).glob("federated_global_model/*.safetensors"))
     files += sorted(Path(folder).glob("client_models/*/*.safetensors"))
     return torch.cat([tensor.reshape(-1) for file in files for _, tensor in sorted(load_file(file).items())])
+
+
+def make_trainer(folder, *flags, rows=None):
+    """Return (args, trainer) of a run with these flags in this process, of the embedded model on the CPU.
+
+    `rows` are tokenized ones; without, some that nobody trains on.
+    """
+    import datasets
+    import torch
+
+    from fllama import model, prepare
+
+    args = main.parse_args(["--output_dir", str(folder), "--num_rounds", "1", "--world_size", "1", *flags])
+    rows = rows or datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3}])
+    datasets.DatasetDict(train=rows).save_to_disk(folder / "data")
+    run, device = prepare.Run(args.model_name, str(folder / "data"), machine_of_rank=(0,)), torch.device("cpu")
+    torch.manual_seed(0)
+    loaded = model.load_model(args, run.model_path, device)
+    return args, model.build_trainer(args, run, device, loaded, model.load_tokenizer(run.model_path))

@@ -11,7 +11,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import report
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 import federated
 import main
 import utils
+from fllama import data, launch, prepare, report
 
 model, work = sys.argv[1:]
 counts = {"examples": 0, "trained": 0, "refused": 0}
@@ -56,6 +56,8 @@ GOOD_FLAGS = {
     "client_state": ["keep", "reset"],
     "prox_mu": ["0", "0.1", "1e30"],
     "trim_fraction": ["0.1", "0.49"],
+    "weiszfeld_iterations": ["1", "5"],
+    "weiszfeld_smoothing": ["1e-6", "1e30"],
     "on_bad_update": ["skip", "fail"],
     "learning_rate": ["1e-3", "1e30"],
     "lora_r": ["1", "4"],
@@ -90,6 +92,8 @@ BAD_FLAGS = {
     "server_lr": ["1", "1e-9", "1e30", "-1"],
     "trim_fraction": ["0.5", "1"],
     "num_malicious": ["0", "1", "7"],
+    "weiszfeld_iterations": ["0", "x"],
+    "weiszfeld_smoothing": ["0"],
     "learning_rate": ["0", "nan"],
     "lora_r": ["0"],
     "lora_dropout": ["1"],
@@ -128,18 +132,17 @@ def examples(draw):
     return flags, rows[:place] + odd + rows[place:], suffix
 
 
-def launch(target, args):
-    """Instead of main.launch: the one rank in this process; more ranks are not what this is about."""
+def run_one_rank(target, args, run):
+    """Instead of launch.launch: the one rank in this process; more ranks are not what this is about."""
     if args.world_size > 1:
         return 0, ""
     try:
-        federated.local_train(0, args)
+        federated.local_train(0, args, run)
         counts["trained"] += 1
         return 0, ""
-    except SystemExit as error:
-        code, text = error.code
-        assert code == 3 and "lower --learning_rate" in text, text
-        return error.code
+    except launch.EndRun as ended:
+        assert ended.code == 3 and "lower --learning_rate" in ended.text, ended.text
+        return ended.code, ended.text
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -169,10 +172,10 @@ def fuzz(example):
 
 
 REDIRECTIONS = (contextlib.redirect_stdout, contextlib.redirect_stderr)
-main.launch = launch
-main.start_imports = lambda: None
-report.plot_losses = lambda folder: None
-utils.ANSWERED_ROWS, utils.GLOBAL_EVAL_ROWS, utils.CLIENT_EVAL_ROWS = 1, 2, 1  # what takes the time
+launch.launch = run_one_rank
+launch.start_imports = lambda: None
+report.plot_losses = lambda folder, rounds: None
+data.ANSWERED_ROWS, data.GLOBAL_EVAL_ROWS, prepare.CLIENT_EVAL_ROWS = 1, 2, 1  # what takes the time
 gc.freeze()  # the imported modules, which each trainer would collect anew
 fuzz()
 print(*counts.values())

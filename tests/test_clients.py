@@ -1,253 +1,289 @@
-"""Clients and splits: who gets which rows, who plays when, and what a client takes with it."""
+"""What a client keeps between its turns: its optimizer state goes out and comes back bit for bit."""
 
 import argparse
-import functools
-import json
-import os
-import subprocess
-import sys
 
-import datasets
-import numpy as np
+import bitsandbytes as bnb
 import pytest
-import report
 import torch
-from conftest import ROOT, read_adapters
-from workers import gradients_rank, layouts_rank, resume_rank
 
-import federated
-import main
 import utils
+from fllama.clients import (
+    ClientState,
+    LocalClients,
+    Turn,
+    count_bytes,
+    create_optimizer_state,
+    load_optimizer_state,
+    save_optimizer_state,
+)
 
-# -----------------------------------------------------------------------------
-# splits
-
-LABELS = np.array(["a"] * 60 + ["b"] * 30 + ["c"] * 10)
-ROWS = utils.split_evenly(100, 1, seed=3)[0]
-
-
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "column", "quantity"])
-def test_every_row_goes_to_one_client_and_the_same_every_time(kind):
-    size = 3 if kind == "column" else 6
-    parts = utils.partition_rows(ROWS, size, kind, LABELS, alpha=0.5, seed=3)
-    assert sorted(np.concatenate(parts)) == list(range(100)) and len(parts) == size
-    again = utils.partition_rows(ROWS, size, kind, LABELS, alpha=0.5, seed=3)
-    assert [part.tolist() for part in parts] == [part.tolist() for part in again]
-
-
-def test_split_is_the_same_on_every_machine():
-    """The split of 12 rows, written down once: numpy's generator is part of what a seed promises."""
-    parts = utils.partition_rows(utils.split_evenly(12, 1, 5)[0], 3, "dirichlet", ["x", "y"] * 6, alpha=0.5, seed=5)
-    assert [part.tolist() for part in parts] == [[6, 10, 4, 0, 2], [8, 9], [11, 1, 3, 7, 5]]
-
-
-def test_iid_is_partition_dataset():
-    rows = datasets.Dataset.from_dict({"id": list(range(100))})
-    parts = utils.partition_rows(np.concatenate(utils.split_evenly(100, 7, seed=3)), 7)
-    assert [part.tolist() for part in parts] == [utils.partition_dataset(rows, k, 7, seed=3)["id"][:] for k in range(7)]
-
-
-def test_column_gives_a_client_per_value():
-    parts = utils.partition_rows(ROWS, 3, "column", LABELS)
-    assert [set(LABELS[part]) for part in parts] == [{"a"}, {"b"}, {"c"}]
-
-
-def test_quantity_is_a_power_law():
-    # 2 rows each, and 92 rows by 1 : 1/2 : 1/3 : 1/4, that is 44.16, 22.08, 14.72 and 11.04
-    assert [len(part) for part in utils.partition_rows(ROWS, 4, "quantity")] == [46, 24, 17, 13]
-
-
-def test_small_alpha_means_few_labels():
-    def largest_share(alpha):
-        parts = utils.partition_rows(np.arange(9000), 6, "dirichlet", np.tile(["a", "b", "c"], 3000), alpha, seed=1)
-        return np.mean(
-            [np.unique(np.array(["a", "b", "c"])[part % 3], return_counts=True)[1].max() / len(part) for part in parts]
-        )
-
-    assert largest_share(0.2) > 0.7 and largest_share(1000) < 0.36
-
-
-def test_table_of_clients_rows_and_labels():
-    args = argparse.Namespace(partition="column", partition_column="site", dirichlet_alpha=0.5, seed=1)
-    record = report.partition_record(
-        args, [np.array([0, 2]), np.array([1])], [3], [10, 11, 12, 13], ["x", "y", "x", "y"]
-    )
-    assert record["clients"] == [
-        {"client": 0, "rows": [10, 12], "labels": {"x": 2}},
-        {"client": 1, "rows": [11], "labels": {"y": 1}},
-    ]
-    assert record["held_out"] == [13]
-    assert [line.split() for line in report.partition_table(record).splitlines()] == [
-        ["client", "rows", "x", "y"], ["0", "2", "2", "0"], ["1", "1", "0", "1"],
-    ]  # fmt: skip
-
-
-# -----------------------------------------------------------------------------
-# who plays when
-
-
-@pytest.mark.parametrize(("num_clients", "drawn"), [(1, 1), (8, 8), (10, 4), (100, 9), (1000, 1000)])
-def test_plan(num_clients, drawn):
-    plans = {size: utils.plan_rounds(num_clients, drawn, 6, size, seed=4) for size in (1, 2, 3) if size <= drawn}
-    for size, plan in plans.items():
-        holder = {}
-        for number, (shares, moves) in enumerate(plan):
-            assert max(map(len, shares)) - min(map(len, shares)) <= 1 and min(map(len, shares)) >= 1
-            clients = sorted(client for share in shares for client in share)
-            assert len(set(clients)) == drawn and set(clients) <= set(range(num_clients))
-            assert clients == sorted(plans[1][number][0][0])  # the draw does not depend on the ranks
-            now = {client: rank for rank, share in enumerate(shares) for client in share}
-            assert sorted(moves) == sorted((c, holder[c], r) for c, r in now.items() if holder.get(c, r) != r)
-            holder |= now
-    if drawn < num_clients:
-        assert plans[1][0] != plans[1][1]
-    assert plans[1] != utils.plan_rounds(num_clients, drawn, 6, 1, seed=5) or drawn == num_clients
-
-
-def test_a_client_goes_on_where_its_data_stopped(tmp_path):
-    """Over all its turns, on whatever rank, a client reads its own rows in the order of its schedule."""
-    rows = datasets.Dataset.from_dict({"id": list(range(200)), "length": [1] * 200})
-    datasets.DatasetDict(train=rows, held_out=rows).save_to_disk(tmp_path)
-    parts = [part.tolist() for part in utils.split_evenly(200, 10, seed=1)]
-    (tmp_path / "parts.json").write_text(
-        json.dumps(
-            {
-                "train": [part[2:] for part in parts],
-                "held_out": [part[:2] for part in parts],
-                "global": [],
-                "scored": [],
-            }
-        )
-    )
-    flags = "--num_clients 10 --clients_per_round 5 --num_rounds 8 --local_steps 2 --per_device_train_batch_size 3"
-    args = main.parse_args([*flags.split(), "--world_size", "2"])
-    args.data_path, args.resume_from = str(tmp_path), None
-    ranks = [federated.load_client_data(rank, args) for rank in range(2)]
-    read = {}
-    for number in range(1, 9):
-        for data in ranks:
-            for index, (turn, client, _) in enumerate(data.turns):
-                if turn == number:
-                    read.setdefault(client, []).extend(data.train["id"][index * 6 : (index + 1) * 6])
-    assert sum(map(len, read.values())) == 8 * 5 * 6 and max(map(len, read.values())) > 18  # more than an epoch
-    for client, ids in read.items():
-        own = np.array(parts[client][2:])
-        assert ids == own[utils.schedule_rows(18, len(ids), [42, client])].tolist()
-        assert set(ranks[0].own_held_out(client)["id"]) == set(parts[client][:2])
-
-
-# -----------------------------------------------------------------------------
-# what a client takes with it
-
-STATEFUL = {name: f"--aggregator {name}" for name in ("fedavgm", "diloco", "fedadagrad", "fedadam", "fedyogi", "none")}
-STATEFUL |= {
-    "scaffold": "--scaffold",
-    "fedsa": "--lora_variant fedsa",
-    "rolora_fedadam": "--lora_variant rolora --aggregator fedadam",
-    "dropout": "--lora_dropout 0.2",
-    "int8": "--average_dtype int8 --client_state reset --packing --max_length 256",
-    "one_each": "--aggregator fedadam --num_clients 2 --clients_per_round 2",
-    "one_each_fedsa": "--lora_variant fedsa --scaffold --num_clients 2 --clients_per_round 2",
+SHAPES = [(64, 80), (16,), (4097,)]  # bitsandbytes keeps small tensors in float32
+OPTIMIZERS = {
+    "adamw_torch": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.01),
+    "sgd with momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+    "paged_adamw_32bit": lambda parameters: bnb.optim.PagedAdamW32bit(parameters, lr=0.01, weight_decay=0.1),
+    "adamw_8bit": lambda parameters: bnb.optim.AdamW8bit(parameters, lr=0.01, weight_decay=0.1),
 }
 
 
-@pytest.fixture(scope="module")
-def resumed(small_inputs, tmp_path_factory):
-    """A folder with three runs of every case, two of them resumed before and after the last round; clients move."""
-    folder = tmp_path_factory.mktemp("resumed")
-    flags = "--world_size 2 --num_clients 8 --clients_per_round 4 --num_rounds 4 --seed 6 --local_steps 1".split()
-    flags += "--eval_rounds 1 --learning_rate 1e-2 --per_device_train_batch_size 1".split() + small_inputs
-    target = functools.partial(resume_rank, flags, STATEFUL)
-    main.main([*flags, "--output_dir", str(folder)], target=target)
-    return folder
+def new_parameters():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
 
 
-@pytest.mark.parametrize("name", STATEFUL)
-def test_resume_of_everything_that_has_a_state(resumed, name):
-    whole, half = utils.read_rounds(resumed / name), utils.read_rounds(resumed / f"{name}_half")
-    assert len(whole) == len(half) == 4
-    for key in ("digest", "train_loss", "eval_loss", "client_drift", "clients"):
-        assert [entry[key] for entry in whole] == [entry[key] for entry in half], key
-    for copy in ("half", "end"):
-        assert torch.equal(read_adapters(resumed / name), read_adapters(resumed / f"{name}_{copy}"))
-    assert utils.plan_rounds(8, 4, 4, 2, seed=6)[3][1]  # in the last round, clients have moved to the other rank
+def take_steps(optimizer, parameters, client, number):
+    """Two steps with gradients that only this client has in this round."""
+    generator = torch.Generator().manual_seed(100 * number + client)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = (client + 1) * torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def test_terms_of_fedprox_and_scaffold(small_inputs, tmp_path):
-    """3 clients, 3 rounds of 2 steps: mu (w - start), and mean of all clients' last mean gradients - one's own."""
-    flags = "--world_size 1 --num_clients 3 --num_rounds 3 --local_steps 2 --scaffold --prox_mu 0.3".split()
-    main.main([*flags, *small_inputs, "--output_dir", str(tmp_path)], target=gradients_rank)
-    steps = torch.load(tmp_path / "gradients.pt")
-    size = len(steps[0]["added"])
-    own, total = {client: torch.zeros(size) for client in range(3)}, torch.zeros(size)
-    for number in (1, 2, 3):
-        for client in range(3):
-            turn = [step for step in steps if (step["round"], step["client"]) == (number, client)]
-            assert len(turn) == 2 and turn[0]["moved"].abs().max() == 0 < turn[1]["moved"].abs().max()
-            for step in turn:
-                expected = 0.3 * step["moved"] + total - own[client]
-                assert torch.allclose(step["added"], expected, rtol=1e-4, atol=1e-6)
-            # the gradients that SCAFFOLD averages are those of the loss and of FedProx's term
-            own[client] = sum(step["before"] + 0.3 * step["moved"] for step in turn) / 2
-        total = sum(own.values()) / 3
-    assert total.norm() > 0
+def new_clients(name="adamw_torch", state="keep", private=()):
+    """The clients of a rank, and their parameters."""
+    parameters = new_parameters()
+    trained = [*parameters, *private]
+    optimizer = OPTIMIZERS[name](trained)
+    create_optimizer_state(optimizer)
+    first_private = utils.flatten_parameters(private)
+    args = argparse.Namespace(client_state=state)
+    return LocalClients(args, optimizer, None, list(private), first_private), parameters
 
 
-def test_scaffold_with_identical_clients_is_fedavg(small_inputs, sample_rows, tmp_path):
-    """Clients with one and the same row have the same gradients, and nothing to correct; no self-check minds."""
-    (tmp_path / "rows.jsonl").write_text(40 * (json.dumps(sample_rows[0]) + "\n"))
-    flags = "--world_size 1 --num_clients 3 --num_rounds 3 --local_steps 2 --learning_rate 1e-2".split()
-    flags += [*small_inputs[:2], "--dataset_path", str(tmp_path / "rows.jsonl")]
-    cases = {"fedavg": "", "scaffold": "--scaffold"}
-    target = functools.partial(layouts_rank, flags, cases)
-    main.main([*flags, "--output_dir", str(tmp_path / "out")], target=target)
-    fedavg, scaffold = (read_adapters(tmp_path / "out" / name) for name in cases)
-    assert (fedavg - scaffold).norm() / fedavg.norm() <= 1e-6
+def equal_states(state, other):
+    """Whether two saved optimizer states have the same bits."""
+    for one, two in zip(state, other, strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            if torch.is_tensor(one[name]):
+                if not torch.equal(one[name], two[name]):
+                    return False
+            elif one[name] != two[name]:
+                return False
+    return True
+
+
+def places_of(optimizer):
+    """Where the tensors of an optimizer's state are in memory."""
+    places = []
+    for state in optimizer.state.values():
+        places += [value.data_ptr() for value in state.values() if torch.is_tensor(value)]
+    return places
 
 
 # -----------------------------------------------------------------------------
-# self-check
+# the optimizer's state
 
 
-FAULTS = {
-    "curve from zero": "✗ learns from the first step on: learning rate 0.00e+00",
-    "ddp": "✗ no DDP: every rank trains a DistributedDataParallel of its own",
-    "own start": "✗ same start: ",
-    "own start --lora_variant=ffa": "✗ same start: ",
-    "shared gradients": "✗ federated: 2 client(s) with 1 adapter(s) before the averaging, 1 after it",
-    "same rows": "✗ fresh data next round: 0 of 2 rows of second turns are not in the first",
-}
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_creating_the_state_changes_no_parameter_and_no_later_step(name):
+    """The same bits as of a fresh optimizer, which creates its state at its first step."""
+    fresh, created = new_parameters(), new_parameters()
+    optimizers = [OPTIMIZERS[name](parameters) for parameters in (fresh, created)]
+    create_optimizer_state(optimizers[1])
+    assert all(map(torch.equal, fresh, created)) and optimizers[1].param_groups[0]["lr"] == 0.01
+    assert all(parameter.grad is None for parameter in created)
+    for number in range(3):
+        for optimizer, parameters in zip(optimizers, (fresh, created)):
+            take_steps(optimizer, parameters, client=0, number=number)
+        assert all(map(torch.equal, fresh, created))
+    assert not torch.equal(fresh[0], new_parameters()[0])
 
 
-@pytest.fixture(scope="module")
-def faulty(small_inputs, tmp_path_factory):
-    """Exit code and output of a run with each of FAULTS, all in one program, as their ranks write to its output."""
-    folder = tmp_path_factory.mktemp("faulty")
-    flags = "--world_size 2 --num_rounds 2 --local_steps 1 --warmup_steps 1".split() + small_inputs
-    (folder / "faulty.py").write_text(f"""
-import functools, sys, main, workers
-if __name__ == "__main__":
-    for number, case in enumerate({list(FAULTS)}):
-        fault, *more = case.split(" --")
-        flags = {flags} + [f"--{{flag}}" for flag in more] + ["--output_dir", "{folder}/" + str(number)]
-        code = 0
-        try:
-            main.main(flags, target=functools.partial(workers.faulty_rank, fault))
-        except SystemExit as stop:
-            code = stop.code
-        print(f"exit code {{code}}\\n===", flush=True)
-""")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    process = subprocess.run(
-        [sys.executable, str(folder / "faulty.py")],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
-    )  # fmt: skip
-    return dict(zip(FAULTS, process.stdout.split("===\n")))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_clients_in_turn_are_clients_apart(name):
+    """Three clients in turn in one optimizer, and each with an optimizer of its own: the same bits in every round.
+
+    Client 1 plays in every second round only, and each round begins from another start.
+    """
+    clients, parameters = new_clients(name)
+    apart = {}
+    for client in range(3):
+        own = new_parameters()
+        apart[client] = own, OPTIMIZERS[name](own)
+    for number in range(5):
+        start = torch.randn(sum(parameter.numel() for parameter in parameters))
+        for client in (0, 1, 2) if number % 2 == 0 else (2, 0):
+            clients.begin_turn(client, 1.0, parameters, start)
+            utils.unflatten_parameters(parameters, start)
+            take_steps(clients.optimizer, parameters, client, number)
+            own, optimizer = apart[client]
+            utils.unflatten_parameters(own, start)
+            take_steps(optimizer, own, client, number)
+            assert all(map(torch.equal, parameters, own)), (client, number)
+    clients.put_away()
+    assert all(clients.state_of(client).optimizer is not None for client in range(3))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_failed_self_check_ends_the_run_with_exit_code_3(faulty, fault):
-    output = faulty[fault]
-    assert output.endswith("exit code 3\n"), output
-    assert FAULTS[fault] in output and output.count("✗") == 1
-    assert "main.py: a self-check failed, see its line" in output and "Traceback" not in output
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_saved_state_comes_back_bit_for_bit(name):
+    clients, parameters = new_clients(name)
+    optimizer = clients.optimizer
+    fresh = save_optimizer_state(optimizer)
+    take_steps(optimizer, parameters, client=0, number=1)
+    saved = save_optimizer_state(optimizer)
+    places = places_of(optimizer)
+    load_optimizer_state(optimizer, None)
+    assert equal_states(save_optimizer_state(optimizer), fresh)
+    load_optimizer_state(optimizer, saved)
+    assert equal_states(save_optimizer_state(optimizer), saved)
+    assert places_of(optimizer) == places  # in place: bitsandbytes' paged tensors stay paged
+    assert name == "sgd" or not equal_states(saved, fresh)
+    take_steps(optimizer, parameters, client=0, number=2)
+    assert name == "sgd" or not equal_states(save_optimizer_state(optimizer), saved)  # what was saved is a copy
+
+
+def test_code_books_are_not_saved():
+    """bitsandbytes' 8-bit code book is the same for all clients."""
+    clients, _ = new_clients("adamw_8bit")
+    names = {name for state in save_optimizer_state(clients.optimizer) for name in state}
+    assert not any(name.startswith("qmap") for name in names) and {"state1", "state2", "absmax1"} <= names
+
+
+def test_reset_begins_every_turn_with_a_new_state():
+    """Even of a client that is alone on its rank; nothing waits for it."""
+    for players in ([0], [0, 1]):
+        clients, parameters = new_clients(state="reset")
+        start = torch.zeros(sum(parameter.numel() for parameter in parameters))
+        for number in range(3):
+            for client in players:
+                clients.begin_turn(client, 1.0, parameters, start)
+                utils.unflatten_parameters(parameters, start)
+                own = new_parameters()
+                utils.unflatten_parameters(own, start)
+                take_steps(clients.optimizer, parameters, client, number)
+                take_steps(OPTIMIZERS["adamw_torch"](own), own, client, number)
+                assert all(map(torch.equal, parameters, own))
+        clients.put_away()
+        assert all(state.optimizer is None for state in clients.states.values())
+
+
+# -----------------------------------------------------------------------------
+# clients come and go
+
+
+def new_private():
+    return [torch.nn.Parameter(torch.full((3,), 5.0))]
+
+
+def test_private_parameters_wait_for_their_client():
+    private = new_private()
+    clients, parameters = new_clients(private=private)
+    start = torch.zeros(sum(parameter.numel() for parameter in parameters))
+    for client in range(2):
+        turn = clients.begin_turn(client, 10.0, parameters, start)
+        assert private[0].tolist() == turn.private_before.tolist() == [5, 5, 5]  # as all begin
+        assert (turn.client, turn.weight) == (client, 10) and turn.residuals is clients.state_of(client).residuals
+        private[0].data.fill_(client)
+    for client in range(2):
+        clients.load_own_model(client)
+        assert private[0].tolist() == [client] * 3
+    assert not any(parameter.any() for parameter in parameters)  # what is shared is not touched
+
+
+def test_a_client_alone_stays_in_the_model():
+    """It is not loaded again, as the averaging has left the round's start in the model."""
+    clients, parameters = new_clients()
+    clients.load(0, parameters, torch.zeros(sum(parameter.numel() for parameter in parameters)))
+    before = utils.flatten_parameters(parameters)
+    clients.load(0, parameters, torch.ones(len(before)))
+    assert torch.equal(utils.flatten_parameters(parameters), before) and clients.state_of(0).optimizer is None
+
+
+def test_a_snapshot_is_a_copy():
+    private = new_private()
+    clients, parameters = new_clients(private=private)
+    start = torch.zeros(sum(parameter.numel() for parameter in parameters))
+    clients.load(0, parameters, start)
+    clients.state_of(0).control = torch.ones(2)
+    take_steps(clients.optimizer, [*parameters, *private], 0, 1)
+    snapshot = clients.snapshot(0)
+    kept, moments = snapshot.private.clone(), snapshot.optimizer[0]["exp_avg"].clone()
+    take_steps(clients.optimizer, [*parameters, *private], 0, 2)
+    assert torch.equal(snapshot.private, kept) and torch.equal(snapshot.optimizer[0]["exp_avg"], moments)
+    assert torch.equal(snapshot.control, torch.ones(2)) and snapshot.private.shape == (3,)
+    assert clients.current == 0 and clients.state_of(0).optimizer is None  # it is still in the model
+    clients.put_away()
+    assert clients.snapshot(0) is clients.states[0]
+
+
+@pytest.mark.parametrize("current", [True, False])
+def test_undo_brings_a_client_back_to_before_its_turn(current):
+    """With a new optimizer state, in the model or not; the other client keeps its own."""
+    private = new_private()
+    clients, parameters = new_clients(private=private)
+    trained, start = [*parameters, *private], torch.zeros(sum(parameter.numel() for parameter in parameters))
+    for client in (1, 0):  # 0 is in the model
+        clients.load(client, parameters, start)
+        take_steps(clients.optimizer, trained, client, 1)
+    bad = 0 if current else 1
+    other = clients.snapshot(1 - bad)
+    moments, others_private = other.optimizer, other.private
+    clients.undo(Turn(bad, 1.0, {}, private_before=torch.tensor([7.0, 8.0, 9.0])))
+    clients.load(bad, parameters, start)
+    assert private[0].tolist() == [7, 8, 9]
+    assert all(not state["exp_avg"].any() and not state["step"] for state in save_optimizer_state(clients.optimizer))
+    clients.load(1 - bad, parameters, start)
+    assert equal_states(save_optimizer_state(clients.optimizer), moments)
+    assert torch.equal(private[0], others_private)
+
+
+class Post:
+    """A communicator whose messages wait in a list."""
+
+    def __init__(self, rank, machine_of_rank, letters):
+        self.rank, self.machine_of_rank, self.letters = rank, machine_of_rank, letters
+        self.bytes_between_machines = 0
+
+    def send(self, value, destination):
+        self.letters.append((self.rank, destination, value))
+
+    def receive(self, source):
+        sender, destination, value = self.letters.pop(0)
+        assert (sender, destination) == (source, self.rank)
+        return value
+
+
+@pytest.mark.parametrize("machines", [(0, 0, 0), (0, 1, 1)])
+def test_a_client_moves_with_all_that_it_has(machines):
+    letters, ranks = [], []
+    for _ in range(3):
+        ranks.append(new_clients(private=new_private()))
+    (clients, parameters), (others, _), (third, _) = ranks
+    start = torch.zeros(sum(parameter.numel() for parameter in parameters))
+    clients.load(4, parameters, start)
+    take_steps(clients.optimizer, parameters, 4, 1)
+    state = clients.snapshot(4)
+    clients.states[4].residuals["sum"] = torch.ones(6)
+    posts = [Post(rank, machines, letters) for rank in range(3)]
+    for (each, _), post in zip(ranks, posts):
+        each.move([(4, 0, 1)], post)
+    assert 4 not in clients.states and clients.current is None and not third.states and not letters
+    moved = others.states[4]
+    assert equal_states(moved.optimizer, state.optimizer) and torch.equal(moved.private, state.private)
+    assert moved.residuals["sum"].tolist() == [1] * 6
+    if machines[1] == 0:
+        assert [post.bytes_between_machines for post in posts] == [0, 0, 0]
+    else:
+        moments = 2 * sum(parameter.numel() for parameter in clients.optimizer.param_groups[0]["params"])
+        steps = len(clients.optimizer.param_groups[0]["params"])
+        assert [post.bytes_between_machines for post in posts] == [4 * (moments + steps + 3 + 6), 0, 0]
+
+
+def test_count_bytes():
+    state = ClientState(
+        optimizer=[{"a": torch.zeros(3), "b": 7}], control=torch.zeros(2), residuals={"x": torch.zeros(5)}
+    )
+    assert count_bytes(vars(state)) == 4 * (3 + 2 + 5)
+    assert count_bytes(None) == count_bytes("text") == 0
+
+
+def test_a_report_of_a_turn_has_nothing_bulky():
+    turn = Turn(3, 2.0, {"x": torch.ones(9)}, update=torch.ones(9), adapter=torch.ones(9), gradient=torch.ones(9))
+    turn.private_before, turn.train_loss = torch.ones(9), 0.5
+    report = turn.report()
+    assert not any(torch.is_tensor(value) for value in vars(report).values()) and report.residuals is None
+    assert (report.client, report.weight, report.train_loss) == (3, 2.0, 0.5) and turn.update is not None

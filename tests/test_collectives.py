@@ -1,8 +1,5 @@
 """What ranks send each other: in processes of their own, and narrow dtypes by hand."""
 
-import math
-import time
-
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -220,16 +217,20 @@ def test_each_sum_and_each_half_has_residuals_of_its_own():
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("late", "TimeoutError: no sign of rank 2 for 0.025 minutes (--timeout)"), ("gone", "Error: ")],
+    [
+        ("late", "TimeoutError: no sign of rank 2 for 0.02 minutes (--timeout)"),
+        ("gone", "ConnectionError: rank 2 is gone"),
+    ],
 )
 def test_meet_names_the_rank_that_is_missing(tmp_path, how, message):
-    began = time.monotonic()
-    with pytest.raises(Exception):  # rank 2 is killed in the end
-        mp.start_processes(meeting_rank, args=(str(tmp_path), how), nprocs=3, start_method="forkserver")
-    first = torch.load(tmp_path / "meeting_0.pt")
-    assert first["messages"] == ["of rank 0", "of rank 1", "of rank 2"]
-    assert message in first["error"] and first["seconds"] < 5, first
-    print(first, torch.load(tmp_path / "meeting_1.pt"), time.monotonic() - began)
+    args = (str(tmp_path), how)
+    processes = mp.start_processes(meeting_rank, args=args, nprocs=3, start_method="forkserver", join=False).processes
+    for process in processes:
+        process.join()
+    first, second = (torch.load(tmp_path / f"meeting_{rank}.pt") for rank in range(2))
+    assert first["messages"] == second["messages"] == ["of rank 0", "of rank 1", "of rank 2"]
+    assert first["error"] == message and "error" in second
+    assert first["seconds"] < 3 and (how == "late") == (first["seconds"] > 1)
 
 
 def test_one_rank_alone_needs_no_process_group():
@@ -237,4 +238,4 @@ def test_one_rank_alone_needs_no_process_group():
     assert not torch.distributed.is_initialized() and comm.meet("hello") == ["hello"]
     comm.broadcast(vector := torch.ones(3))
     comm.all_reduce(vector)
-    assert vector.tolist() == [1, 1, 1] and math.prod(vector.shape) == 3
+    assert vector.tolist() == [1, 1, 1]

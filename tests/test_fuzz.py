@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_three_hundred_runs(small_inputs, tmp_path):
     """In a process of its own: each example goes through main.py, and trains where it is not refused."""
     command = [sys.executable, ROOT / "tests" / "fuzz.py", small_inputs[1], tmp_path]

@@ -195,7 +195,7 @@ def test_killed_rank(two_machines, small_inputs, tmp_path):
 @needs_machines
 @pytest.mark.slow
 def test_a_machine_is_lost_and_comes_back(one_machine, small_inputs, tmp_path):
-    """The other one plays all clients meanwhile. When the first is back, they finish the round, save, and share again."""
+    """The other one plays all clients meanwhile. When that is back, they finish the round, save, share again."""
     median = [*MEDIAN, "--num_rounds", "100", "--eval_rounds", "50"]
     with machines(2) as both:
 
@@ -307,7 +307,7 @@ def assert_refused(both, flags, pattern, folders, **more):
     lines = [line for output in outputs for line in output.splitlines() if line.startswith("main.py: ")]
     assert len(lines) == 1 and re.fullmatch(f"main.py: error: {pattern}", lines[0]), "\n\n".join(outputs)
     for output in outputs:
-        assert "Traceback" not in output.replace("Traceback : to enable traceback", ""), output
+        assert f'File "{ROOT}' not in output, output  # no traceback but torchrun's own
     for folder in folders:
         assert not folder.exists() or not list(folder.iterdir())
     assert_nobody_is_left(both)
@@ -398,7 +398,7 @@ def test_full_disk(small_inputs, tmp_path, number):
     assert "main.py: cannot write: [Errno 28] No space left on device" in outputs[0]
     assert sum(output.count("main.py: cannot write") for output in outputs) == 1
     for output in outputs:
-        assert "Traceback" not in output.replace("Traceback : to enable traceback", ""), output
+        assert f'File "{ROOT}' not in output, output  # no traceback but torchrun's own
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,31 @@
 """main.py: bad input, what a run leaves behind, stop and resume, and the hub."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import FINISHED_RUN, ROOT, SMALL_RUN, assert_nowhere, run_main, write_rows
 
 import main
-import utils
-
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do it")
+from fllama import checkpoints, launch, options, runlog
 
 # -----------------------------------------------------------------------------
 # bad input: one line, exit code 2, before a model is loaded
 
 
 @pytest.fixture
-def refused(capsys, tmp_path):
+def refused(capsys, tmp_path, monkeypatch):
     """Returns a function that runs main with flags, expects exit code 2 and returns the one line it says."""
+    monkeypatch.setattr(launch, "run_to_the_end", lambda target, args, run: None)  # no rank is ever started
 
     def refuse(*flags):
         flags = [str(flag) for flag in flags]
         if "--output_dir" not in flags:
             flags += ["--output_dir", str(tmp_path / "out")]
         with pytest.raises(SystemExit) as stop:
-            main.main(flags, target=None)  # no rank is ever started
+            main.main(flags)
         assert stop.value.code == 2
         lines = capsys.readouterr().err.strip().splitlines()
         lines = [line for line in lines if not line.startswith("usage:")]
@@ -34,69 +33,6 @@ def refused(capsys, tmp_path):
         return lines[0]
 
     return refuse
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--world_size 0", "--world_size: 0 is not above 0"),
-        ("--world_size two", "--world_size: invalid"),
-        ("--num_rounds -1", "--num_rounds: -1 is not above 0"),
-        ("--learning_rate nan", "--learning_rate: nan is not above 0"),
-        ("--lora_dropout 1", "--lora_dropout: 1 is not from 0 up to 1"),
-        ("--aggregator fedavgg", "invalid choice: 'fedavgg'"),
-        ("--resume --overwrite", "not allowed with argument"),
-        ("--seed -1", "--seed: -1 is not from 0 up to 2**31"),
-        ("--hf_token hf_a\u201db", "characters that no token has"),
-        ("--optim adam", "invalid choice: 'adam'"),
-        ("--report_to mlflow", "--report_to mlflow is not installed: pip install mlflow"),
-        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
-        ("--backend nccl --world_size 1000", "leave it out"),
-        ("--dataset_path ./nowhere", "--dataset_path ./nowhere: no such file or folder"),
-        ("--dataset_path nowhere.jsonl", "no such file or folder"),
-        ("--model_name ./nowhere", "--model_name ./nowhere: no such folder"),
-        ("--model_name tests", "needs config.json, *.safetensors and a tokenizer; found"),
-        ("--max_length 20", "--max_length 20 cuts off too many answers"),
-        ("--num_clients 1001", "1001 clients: at most 1000"),
-        ("--clients_per_round 9", "--clients_per_round 9: there are only 8 clients"),
-        ("--dirichlet_alpha 0", "--dirichlet_alpha: 0 is not above 0"),
-        ("--partition column", "name it with --partition_column"),
-        ("--partition column --partition_column ward", "no column ward; found"),
-        ("--partition dirichlet", "no column label; found"),
-        ("--partition column --partition_column site --num_clients 3", "site has 8 values; leave it out"),
-        ("--partition dirichlet --partition_column site --dirichlet_alpha 0.01 --num_clients 50", "gets 0 row(s), and"),
-        ("--server_lr 1", "--server_lr is not a setting of --aggregator fedavg"),
-        ("--aggregator krum --num_clients 4", "krum needs 5 clients a round for --num_malicious 1, not 4"),
-        ("--aggregator trimmed_mean --trim_fraction 0.5", "of 8 clients at either end leaves none"),
-        ("--aggregator krum --lora_variant fedsa", "fedsa shares only a half of it"),
-        ("--aggregator svd --lora_variant fedsa", "fedsa shares only a half of them"),
-        ("--aggregator none --scaffold", "none shares nothing"),
-        ("--scaffold --lora_variant rolora", "leave out --lora_variant rolora"),
-        ("--prox_mu -1", "--prox_mu: -1 is not above 0"),
-        ("--num_malicious -1", "--num_malicious: -1 is below 0"),
-        pytest.param("--torch_dtype float16", "float16 needs a GPU; leave it out", marks=no_gpu),
-        pytest.param("--use_liger_kernel", "--use_liger_kernel needs a GPU; leave it out", marks=no_gpu),
-        pytest.param("--attn_implementation flash_attention_2", "flash_attention_2 needs a GPU", marks=no_gpu),
-        ("--average_dtype int4", "invalid choice: 'int4'"),
-        ("--compare fedavg,mean", "--compare: no run is named mean; choose from local, centralized, fedavg"),
-        ("--compare fedavg,fedavg", "--compare: fedavg is listed twice"),
-        ("--compare fedavg,local --server_lr 1", "--server_lr is not a setting of --aggregator fedavg"),
-        ("--compare local,centralized --prox_mu 1", "none shares nothing"),
-        ("--repeats 3", "--repeats is of --compare"),
-        ("--compare local,fedavg --repeats 2", "an interval needs 3 at least"),
-        ("--compare local --dry_run", "nor with --dry_run"),
-        ("--compare local --centralized", "does not go with --centralized"),
-        ("--compare local --resume", "holds no comparison; leave --resume out"),
-        ("--compare local --repeats 0", "--repeats: 0 is not above 0"),
-        ("--centralized --aggregator median", "which has nobody to average with; leave out --aggregator"),
-        ("--push_to_hub x --aggregator none", "--push_to_hub uploads a global model, and this leaves none"),
-        ("--ask What?", "holds no finished model; name the output_dir of a run"),
-        ("--merge", "holds no finished model"),
-    ],
-)
-def test_bad_flags(refused, flags, message, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert message in refused(*flags.split())
 
 
 def test_a_run_of_a_comparison_is_refused_before_the_first_begins(refused):
@@ -124,13 +60,12 @@ def test_bad_files(refused, tmp_path):
     assert line.endswith("and 47 more")
 
 
-def test_bad_rows(refused, tmp_path, monkeypatch, capsys):
+def test_bad_rows(refused, tmp_path, capsys):
     """Up to 1% are left out and counted, by their numbers; more are refused."""
     good = {"context": "Rx: aspirin 30 mg.", "question": "How much aspirin?", "answers": {"text": ["30 mg"]}}
     rows = [good] * 200
     rows[7], rows[99] = good | {"question": " "}, good | {"answers": None}
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr(main, "run_to_the_end", lambda target, args: None)
     main.main(["--dataset_path", str(path), "--output_dir", str(tmp_path / "out")])
     bad = "row 7 (question is not a text, or empty), row 99 (answers has no list of texts)"
     assert f"2 of 200 train rows are bad and left out: {bad}\n" in capsys.readouterr().out
@@ -157,7 +92,7 @@ def test_bad_output_dir(refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write to --output_dir" in refused("--output_dir", tmp_path / "file")
     assert "cannot write to --output_dir" in refused("--output_dir", "/proc/none")  # even root cannot
-    with main.locked_output_dir(tmp_path / "busy"):
+    with checkpoints.locked_output_dir(tmp_path / "busy"):
         assert "another run is writing" in refused("--output_dir", tmp_path / "busy")
     assert "holds no run" in refused("--output_dir", tmp_path / "new", "--resume")
 
@@ -173,45 +108,90 @@ def test_used_output_dir(refused, finished):
     )
 
 
-def test_exit_code_of_the_process():
-    process = run_main("--world_size", "0")
-    assert process.returncode == 2 and process.stdout == ""
+# -----------------------------------------------------------------------------
+# data that is odd, but right
+
+
+def test_a_megabyte_and_all_alphabets(run_here, tmp_path, sample_rows):
+    """One row of 110 is a million characters long: it is counted and left out; no rank trains on an empty answer."""
+    rows = sorted(sample_rows, key=lambda row: len(row["context"]))[:100]
+    for text in (
+        "Ünïcödé",
+        "日本語",
+        "עברית",
+        "\u202eمرحبا",
+        "\U0001f9ea\u200d\U0001f52c",
+        "a\u0301",
+        "\u0000",
+        "<|eot_id|>",
+        "{{ x }}",
+    ):
+        rows.append({"id": text, "context": f"Rx: {text} 30 mg.", "question": text, "answers": {"text": [text]}})
+    rows.append(
+        {"id": "long", "context": "Rx: " + 10**6 * "x", "question": "How much?", "answers": {"text": ["30 mg"]}}
+    )
+    code, errors = run_here(f"--dataset_path {write_rows(tmp_path / 'odd.jsonl', rows)}")
+    assert (code, errors) == (0, "")
+    line = "1 of 110 train rows are longer than --max_length 1024 and were cut, 1 of them before the answer: those are"
+    assert line in run_here.output
+    parts = json.loads((tmp_path / "partition.json").read_text())
+    assert max(max(part["rows"]) for part in parts["clients"]) <= 108 >= max(parts["held_out"])
+    assert all(entry["train_loss"] > 0 for entry in runlog.read_rounds(tmp_path))
+
+
+def test_fewer_rows_than_a_batch(run_here, tmp_path, sample_rows):
+    """One client with one row to train on, one to hold out, and two of the global held-out set."""
+    path = write_rows(tmp_path / "few.jsonl", sample_rows[:4])
+    assert run_here(f"--num_clients 1 --per_device_train_batch_size 8 --dataset_path {path}") == (0, "")
+    assert [entry["weights"] for entry in runlog.read_rounds(tmp_path)] == [[1]] * 4
+    code, errors = run_here(f"--overwrite --num_clients 2 --dataset_path {path}")
+    assert code == 2 and "4 training rows, 2 clients need 6; lower --num_clients" in errors
 
 
 # -----------------------------------------------------------------------------
 # the hub
 
 
-@pytest.mark.parametrize(
-    ("model", "token", "message"),
-    [
-        ("org/gated", "", "is gated: accept its licence"),
-        ("org/gated", "hf_other", "is gated: accept its licence"),
-        ("org/tiny", "hf_wrong", "the hub refuses the token"),
-        ("org/none", "", "no such folder, nor model on the hub"),
-    ],
-)
-def test_refused_by_the_hub(hub, tmp_path, model, token, message):
-    process = run_main(
-        "--model_name",
-        model,
-        "--output_dir",
-        tmp_path / "out",
-        HF_ENDPOINT=hub[0],
-        HF_TOKEN=token,
-        HF_HOME=str(tmp_path),
-    )
-    assert process.returncode == 2 and message in process.stderr, process.stderr
-    assert len(process.stderr.strip().splitlines()) == 1
-    assert not token or token not in process.stderr
+REFUSALS = {  # model, token -> what is said
+    ("org/gated", ""): "is gated: accept its licence",
+    ("org/gated", "hf_other"): "is gated: accept its licence",
+    ("org/tiny", "hf_wrong"): "the hub refuses the token",
+    ("org/none", ""): "no such folder, nor model on the hub",
+}
 
 
-@pytest.mark.parametrize("flag", ["--model_name", "--dataset_path"])
+def test_refused_by_the_hub(hub, tmp_path):
+    """One after the other in one program, whose hub is the fake one."""
+    (tmp_path / "refusals.py").write_text(f"""
+import os, sys, main
+if __name__ == "__main__":
+    for model, token in {list(REFUSALS)}:
+        os.environ["HF_TOKEN"] = token
+        try:
+            main.main(["--model_name", model, "--output_dir", {str(tmp_path / "out")!r}])
+        except SystemExit as stop:
+            print(f"exit code {{stop.code}}\\n===", file=sys.stderr)
+""")
+    environment = os.environ | {"HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tmp_path / "refusals.py"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    *outputs, rest = process.stderr.split("===\n")
+    assert rest == "" and len(outputs) == len(REFUSALS), process.stderr
+    for (_, token), output in zip(REFUSALS, outputs):
+        message, code = output.splitlines()
+        assert REFUSALS[_, token] in message and code == "exit code 2"
+    for token in ("hf_other", "hf_wrong"):
+        (tmp_path / "refusals.py").unlink(missing_ok=True)
+        assert_nowhere(token, process.stdout + process.stderr, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--model_name", pytest.param("--dataset_path", marks=pytest.mark.slow)])
 def test_no_network(tmp_path, flag):
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None")  # between its retries
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     process = run_main(flag, "org/tiny", "--output_dir", tmp_path / "out", **environment)
     assert process.returncode == 2 and "the hub cannot be reached; check the network" in process.stderr, process.stderr
+    assert process.stdout == ""
 
 
 def test_model_from_the_hub(hub, tmp_path):
@@ -237,7 +217,7 @@ def test_files_of_a_run(finished):
         "client_1_train_loss.json", "config.json", "federated_global_model", "global_eval_loss.json", "loss.png",
         "partition.json", "rounds.jsonl", "samples.json", "summary.json",
     ]  # fmt: skip
-    rounds = utils.read_rounds(folder)
+    rounds = runlog.read_rounds(folder)
     losses = {path.stem: json.loads(path.read_text()) for path in folder.glob("*_loss.json")}
     assert [entry["round"] for entry in rounds] == [1, 2, 3, 4]
     for number, entry in enumerate(rounds):
@@ -256,7 +236,7 @@ def test_files_of_a_run(finished):
 
 def test_summary_and_config_of_a_run(finished):
     folder, process = finished
-    rounds = utils.read_rounds(folder)
+    rounds = runlog.read_rounds(folder)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["rounds"] == 4 and summary["clients"] == 2 and summary["rows"] == [1884, 1884]
     assert summary["tokens"] == sum(entry["tokens"] for entry in rounds)
@@ -311,7 +291,13 @@ print(loss / tokens)
 def test_adapter_in_a_fresh_process_gives_the_logged_loss(finished):
     """One row at a time, by a plain forward pass and a softmax in float64."""
     folder, _ = finished
-    command = [sys.executable, "-c", FRESH, folder / "federated_global_model", f"{main.EMBEDDED_DATA}/validation.jsonl"]
+    command = [
+        sys.executable,
+        "-c",
+        FRESH,
+        folder / "federated_global_model",
+        f"{options.EMBEDDED_DATA}/validation.jsonl",
+    ]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     logged = json.loads((folder / "global_eval_loss.json").read_text())[-1]
     assert float(output.splitlines()[-1]) == pytest.approx(logged, abs=1e-4)
@@ -321,9 +307,10 @@ def test_adapter_in_a_fresh_process_gives_the_logged_loss(finished):
 # stop and resume
 
 
-def test_resume_of_a_finished_run_does_nothing(finished):
+def test_resume_of_a_finished_run_does_nothing(finished, capsys, monkeypatch):
     folder, _ = finished
+    monkeypatch.setattr(launch, "launch", None)  # no rank is ever started
     before = (folder / "rounds.jsonl").read_bytes()
-    process = run_main(*FINISHED_RUN, "--output_dir", folder, "--resume")
-    assert process.returncode == 0 and "nothing to do" in process.stdout
+    main.main([*FINISHED_RUN, "--output_dir", str(folder), "--resume"])
+    assert "nothing to do" in capsys.readouterr().out
     assert (folder / "rounds.jsonl").read_bytes() == before

@@ -1,19 +1,19 @@
 """Nothing listens beyond this machine, nothing is asked of a network, and nothing private is written down."""
 
+import io
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, assert_nowhere, run_main
-from test_faults import FLAGS, LONG, start, start_script
+from conftest import assert_nowhere, run_main
+from runs import FLAGS, LONG, start, start_script, wait_for_round
 
 import main
-import utils
+from fllama import checkpoints
 
 TOKEN = "hf_neverToBeSeen"
 
@@ -70,6 +70,7 @@ def test_no_connection_is_tried_when_all_is_on_disk(small_inputs, tmp_path):
     assert process.returncode == 2 and (tmp_path / "noticed").exists()  # the net has no holes
 
 
+@pytest.mark.slow  # some of it is in test_main.py
 @pytest.mark.parametrize("flags", ["--model_name org/gated", "--dataset_path org/none"])
 def test_token_is_in_no_message_about_the_hub(hub, tmp_path, flags):
     environment = {"HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
@@ -90,11 +91,12 @@ def test_token_is_in_no_message_about_the_hub(hub, tmp_path, flags):
 )
 def test_token_is_in_no_message(capfd, tmp_path, flags):
     with pytest.raises(SystemExit) as stop:
-        main.main([*flags.split(), "--output_dir", str(tmp_path / "out")], target=None)
+        main.main([*flags.split(), "--output_dir", str(tmp_path / "out")])
     assert stop.value.code == 2
     assert_nowhere(TOKEN, "".join(capfd.readouterr()), tmp_path)
 
 
+@pytest.mark.slow
 def test_token_and_rows_stay_private_in_a_run_that_fails(small_inputs, tmp_path):
     """No rank has the token, in its environment or its arguments; a traceback, checkpoints and logs hold no text."""
     rows = [json.loads(line) | {"context": f"Patient Adelheid: {i}"} for i, line in enumerate(open(small_inputs[3]))]
@@ -105,8 +107,7 @@ def test_token_and_rows_stay_private_in_a_run_that_fails(small_inputs, tmp_path)
         process = start_script(tmp_path, flags, 'workers.troubled_rank, "exception", 1')
     finally:
         del os.environ["HF_TOKEN"]
-    while not utils.read_rounds(tmp_path / "out"):
-        time.sleep(0.01)
+    wait_for_round(tmp_path / "out", 1, process)
     children = psutil.Process(process.pid).children(recursive=True)
     seen = " ".join(text for child in children for text in [*child.cmdline(), *child.environ().values()])
     output = "".join(process.communicate())
@@ -120,11 +121,11 @@ def test_token_and_rows_stay_private_in_a_run_that_fails(small_inputs, tmp_path)
 
 def test_output_dir_is_private(small_inputs, tmp_path):
     os.umask(0o022)
-    with main.locked_output_dir(tmp_path / "out"):
+    with checkpoints.locked_output_dir(tmp_path / "out"):
         assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
 
 
-def test_code_that_comes_with_a_model_is_not_run(small_inputs, tmp_path):
+def test_code_that_comes_with_a_model_is_not_run(small_inputs, tmp_path, capsys, monkeypatch):
     for path in Path(small_inputs[1]).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nEvil = None\n")
@@ -136,9 +137,9 @@ def test_code_that_comes_with_a_model_is_not_run(small_inputs, tmp_path):
             "AutoTokenizer": ["evil.Evil", None],
         }
         (tmp_path / name).write_text(json.dumps(config | {"model_type": "evil"} if name == "config.json" else config))
-    command = [sys.executable, ROOT / "main.py", *FLAGS, "--model_name", tmp_path, *small_inputs[2:]]
-    process = subprocess.run(
-        [*command, "--output_dir", tmp_path / "out"], input="y\n", capture_output=True, text=True, timeout=120
-    )
-    assert process.returncode == 2 and len(process.stderr.splitlines()) == 1, process.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # to whoever asks whether it may be run
+    with pytest.raises(SystemExit) as stop:
+        main.main([*FLAGS, "--model_name", str(tmp_path), *small_inputs[2:], "--output_dir", str(tmp_path / "out")])
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and len(errors.splitlines()) == 1, errors
     assert not (tmp_path / "ran").exists()

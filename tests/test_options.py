@@ -1,85 +1,216 @@
-"""Options that save time, memory or bytes: packing, precision, narrow updates, and what --dry_run says of them."""
+"""Flags: what is refused, what defaults follow from others, and what the options that save time or memory come to."""
 
 import functools
+import inspect
+import os
 
-import datasets
-import numpy as np
 import pytest
-import report
 import torch
-import torch.distributed as dist
-from conftest import read_adapters, run_main
+from conftest import ROOT, read_adapters
 from workers import layouts_rank
 
-import federated
 import main
 import utils
+from fllama import launch, options, runlog
+from fllama.collectives import CODE_BLOCK
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do it")
 
 # -----------------------------------------------------------------------------
-# packing
+# bad flags: one line, exit code 2, before a model is loaded
 
 
-def make_rows(lengths):
-    """Rows of so many tokens, every token of row k is k; the last two are the answer."""
-    rows = [{"input_ids": [k] * n, "labels": [-100] * (n - 2) + [k] * 2} for k, n in enumerate(lengths)]
-    return datasets.Dataset.from_list(rows)
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """Returns a function that runs main with flags, expects exit code 2 and returns the one line it says."""
+
+    def fail(*args):
+        raise AssertionError("the ranks were started")
+
+    monkeypatch.setattr(launch, "run_to_the_end", fail)
+    monkeypatch.chdir(ROOT)
+
+    def refuse(*flags):
+        with pytest.raises(SystemExit) as stop:
+            main.main([*flags, "--output_dir", str(tmp_path / "out")])
+        assert stop.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if not line.startswith("usage:")]
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return refuse
 
 
-def test_packs_hold_every_row_of_one_client_once():
-    rows = make_rows([6, 3, 7, 4, 2, 5, 8, 3])
-    packs, numbers = federated.pack_rows(rows, {4: np.array([0, 1, 2, 3]), 7: np.array([4, 5, 6, 7])}, max_length=10)
-    # best fit, the longest first: 7 and 3, 6 and 4; 8 and 2, 5 and 3
-    assert [packs[int(i)]["seq_lengths"] for i in numbers[4]] == [[7, 3], [6, 4]]
-    assert [packs[int(i)]["seq_lengths"] for i in numbers[7]] == [[8, 2], [5, 3]]
-    assert [sorted(set(packs[int(i)]["input_ids"])) for i in numbers[4]] == [[1, 2], [0, 3]]
-    assert [sorted(set(packs[int(i)]["input_ids"])) for i in numbers[7]] == [[4, 6], [5, 7]]
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--world_size 0", "--world_size: 0 is not above 0"),
+        ("--world_size two", "--world_size: invalid"),
+        ("--num_rounds -1", "--num_rounds: -1 is not above 0"),
+        ("--learning_rate nan", "--learning_rate: nan is not above 0"),
+        ("--lora_dropout 1", "--lora_dropout: 1 is not from 0 up to 1"),
+        ("--aggregator fedavgg", "invalid choice: 'fedavgg'"),
+        ("--resume --overwrite", "not allowed with argument"),
+        ("--seed -1", "--seed: -1 is not from 0 up to 2**31"),
+        ("--hf_token hf_a\u201db", "characters that no token has"),
+        ("--optim adam", "invalid choice: 'adam'"),
+        ("--report_to mlflow", "--report_to mlflow is not installed: pip install mlflow"),
+        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+        ("--rendezvous host:29500", "unrecognized arguments: --rendezvous"),
+        ("--backend nccl --world_size 1000", "leave it out"),
+        ("--dataset_path ./nowhere", "--dataset_path ./nowhere: no such file or folder"),
+        ("--dataset_path nowhere.jsonl", "no such file or folder"),
+        ("--model_name ./nowhere", "--model_name ./nowhere: no such folder"),
+        ("--model_name tests", "needs config.json, *.safetensors and a tokenizer; found"),
+        ("--max_length 20", "--max_length 20 cuts off too many answers"),
+        ("--num_clients 1001", "1001 clients: at most 1000"),
+        ("--clients_per_round 9", "--clients_per_round 9: there are only 8 clients"),
+        ("--dirichlet_alpha 0", "--dirichlet_alpha: 0 is not above 0"),
+        ("--partition column", "name it with --partition_column"),
+        ("--partition column --partition_column ward", "no column ward; found"),
+        ("--partition dirichlet", "no column label; found"),
+        ("--partition column --partition_column site --num_clients 3", "site has 8 values; leave it out"),
+        ("--partition dirichlet --partition_column site --dirichlet_alpha 0.01 --num_clients 50", "gets 0 row(s), and"),
+        ("--server_lr 1", "--server_lr is not a setting of --aggregator fedavg"),
+        ("--weiszfeld_iterations 3", "--weiszfeld_iterations is not a setting of --aggregator fedavg"),
+        ("--aggregator median --weiszfeld_smoothing 1", "--weiszfeld_smoothing is not a setting of --aggregator"),
+        ("--aggregator geometric_median --weiszfeld_iterations 0", "--weiszfeld_iterations: 0 is not above 0"),
+        ("--aggregator geometric_median --weiszfeld_smoothing 0", "--weiszfeld_smoothing: 0 is not above 0"),
+        ("--aggregator krum --num_clients 4", "krum needs 5 clients a round for --num_malicious 1, not 4"),
+        ("--aggregator trimmed_mean --trim_fraction 0.5", "of 8 clients at either end leaves none"),
+        ("--aggregator krum --lora_variant fedsa", "fedsa shares only a half of it"),
+        ("--aggregator svd --lora_variant fedsa", "fedsa shares only a half of them"),
+        ("--aggregator none --scaffold", "none shares nothing"),
+        ("--aggregator none --lora_variant rolora", "none shares nothing"),
+        ("--scaffold --lora_variant rolora", "leave out --lora_variant rolora"),
+        ("--prox_mu -1", "--prox_mu: -1 is not above 0"),
+        ("--num_malicious -1", "--num_malicious: -1 is below 0"),
+        ("--restarts -1", "--restarts: -1 is below 0"),
+        ("--timeout 0", "--timeout: 0 is not above 0"),
+        pytest.param("--torch_dtype float16", "float16 needs a GPU; leave it out", marks=no_gpu),
+        pytest.param("--use_liger_kernel", "--use_liger_kernel needs a GPU; leave it out", marks=no_gpu),
+        pytest.param("--attn_implementation flash_attention_2", "flash_attention_2 needs a GPU", marks=no_gpu),
+        ("--average_dtype int4", "invalid choice: 'int4'"),
+        ("--compare fedavg,mean", "--compare: no run is named mean; choose from local, centralized, fedavg"),
+        ("--compare fedavg,fedavg", "--compare: fedavg is listed twice"),
+        ("--compare fedavg,local --server_lr 1", "--server_lr is not a setting of --aggregator fedavg"),
+        ("--compare local,centralized --prox_mu 1", "none shares nothing"),
+        ("--repeats 3", "--repeats is of --compare"),
+        ("--compare local,fedavg --repeats 2", "an interval needs 3 at least"),
+        ("--compare local --dry_run", "nor with --dry_run"),
+        ("--compare local --centralized", "does not go with --centralized"),
+        ("--compare local --resume", "holds no comparison; leave --resume out"),
+        ("--compare local --repeats 0", "--repeats: 0 is not above 0"),
+        ("--centralized --aggregator median", "which has nobody to average with; leave out --aggregator"),
+        ("--push_to_hub x --aggregator none", "--push_to_hub uploads a global model, and this leaves none"),
+        ("--ask What?", "holds no finished model; name the output_dir of a run"),
+        ("--merge", "holds no finished model"),
+    ],
+)
+def test_bad_flags(refused, flags, message):
+    assert message in refused(*flags.split())
 
 
-def trainer_of(folder, *flags):
-    """The trainer of rank 0 for the embedded model, and 8 of its rows that have other lengths."""
-    from transformers import AutoTokenizer
-
-    args = main.parse_args(["--output_dir", str(folder), "--num_rounds", "1", "--world_size", "1", *flags])
-    args.model_path, args.data_path, device = args.model_name, str(folder / "data"), torch.device("cpu")
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
-    rows = datasets.load_dataset("json", data_files=f"{main.EMBEDDED_DATA}/train.jsonl")["train"].select(range(8))
-    columns = rows.column_names
-    rows = rows.map(lambda row: utils.tokenize_row(row, tokenizer, 1024), remove_columns=columns, keep_in_memory=True)
-    rows = rows.map(lambda row, i: {"input_ids": row["input_ids"][i:], "labels": row["labels"][i:]}, with_indices=True)
-    packs, _ = federated.pack_rows(rows, {0: np.arange(8)}, 256)
-    more = {"train": packs, "unread": range(len(packs)), "lengths": None}
-    data = federated.ClientData(*[None] * 7, turns=[(1, 0, 0)], own=None, order=None, **more)
-    torch.manual_seed(0)
-    model = federated.load_model(args, device)
-    for parameter in federated.lora_parameters(model):
-        torch.nn.init.normal_(parameter, std=0.1)  # else the adapter does nothing yet
-    return federated.build_trainer(0, args, device, model, tokenizer, data), rows, packs
+@pytest.fixture
+def under_torchrun(monkeypatch):
+    """The environment of one of 4 ranks, 2 on this machine."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_do_not_see_each_other(tmp_path, attention):
-    """The loss of a batch of packs is that of the rows one by one, and so is its gradient."""
-    trainer, rows, packs = trainer_of(tmp_path, "--packing", "--attn_implementation", attention)
-
-    def loss_and_gradient(batches):
-        trainer.model.zero_grad()
-        losses = [trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=1) for batch in batches]
-        sum(losses).backward()
-        return sum(losses).item(), torch.cat([p.grad.view(-1) for p in utils.shared_parameters(trainer.model)])
-
-    alone, expected = loss_and_gradient(
-        {"input_ids": torch.tensor([row["input_ids"]]), "labels": torch.tensor([row["labels"]]),
-         "attention_mask": torch.ones(1, len(row["input_ids"]), dtype=torch.long)} for row in rows
-    )  # fmt: skip
-    sequences = [{name: pack[name] for name in ("input_ids", "labels", "seq_lengths")} for pack in packs]
-    assert len(sequences) < 8 and len({len(pack["input_ids"]) for pack in sequences}) > 1  # one is padded
-    packed, gradient = loss_and_gradient([trainer.data_collator(sequences)])
-    assert packed == pytest.approx(alone, rel=1e-5)
-    assert (gradient - expected).norm() / expected.norm() <= 1e-5
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--restarts 2", "--restarts is not for torchrun, which may start a run many times"),
+        ("--ask What?", "--ask is not for torchrun"),
+        ("--compare fedavg", "--compare is not for torchrun"),
+        ("--overwrite", "--overwrite is not for torchrun"),
+        ("--world_size 8", "--world_size 8: torchrun has started 4 ranks; leave it out"),
+        ("--num_clients 3", "torchrun has started 4 ranks for 3 clients; lower --nproc_per_node or --nnodes"),
+    ],
+)
+def test_bad_flags_under_torchrun(under_torchrun, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        main.parse_args(flags.split())
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------
-# runs
+# defaults that follow from others
+
+
+def test_defaults_on_a_machine_without_gpus():
+    args = main.parse_args([])
+    if not torch.cuda.is_available():
+        assert (args.optim, args.backend, args.gradient_checkpointing) == ("adamw_torch", "gloo", False)
+    assert (args.world_size, args.num_clients, args.clients_per_round) == (8, 8, 8)
+    assert (args.learning_rate, args.eval_rounds, args.save_rounds) == (1e-2, 4, 2)
+    assert main.parse_args(["--model_name", "org/other"]).learning_rate == 2e-4
+    assert main.parse_args(["--num_rounds", "3"]).eval_rounds == main.parse_args(["--num_rounds", "3"]).save_rounds == 1
+
+
+def test_no_rank_is_idle():
+    args = main.parse_args("--world_size 8 --num_clients 6 --clients_per_round 3".split())
+    assert (args.world_size, args.num_clients, args.clients_per_round) == (3, 6, 3)
+    args = main.parse_args("--num_clients 6 --clients_per_round 3 --centralized".split())
+    assert (args.world_size, args.aggregator, args.gradient_accumulation_steps) == (1, "none", 3)
+
+
+def test_defaults_under_torchrun(under_torchrun):
+    args = main.parse_args(["--num_clients", "8"])
+    assert (args.world_size, args.save_rounds) == (4, 1)
+
+
+def test_settings_of_a_strategy_are_its_own():
+    args = main.parse_args("--aggregator geometric_median --weiszfeld_iterations 7".split())
+    strategy = options.strategy_of(args)
+    assert strategy.func is utils.geometric_median
+    assert strategy.keywords == {"weiszfeld_iterations": 7, "weiszfeld_smoothing": 1e-6}
+    assert options.strategy_of(main.parse_args([])).keywords == {}
+    strategy = options.strategy_of(main.parse_args(["--aggregator", "fedavgm"]))
+    assert strategy.keywords == {"server_lr": 1.0, "server_momentum": 0.9}
+
+
+def test_every_setting_of_a_strategy_is_a_flag():
+    """By the same name, or else it could not be set."""
+    settings = set()
+    for name, strategy in utils.AGGREGATORS.items():
+        parameters = list(inspect.signature(strategy).parameters)
+        assert parameters[:2] == ["clients", "state"], name
+        settings.update(parameters[2:])
+    assert settings == set(options.SERVER_FLAGS) and settings <= set(vars(main.parse_args([])))
+
+
+# -----------------------------------------------------------------------------
+# the token and the command
+
+
+def test_the_token_is_taken_from_the_environment(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", " hf_abc\n")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_def")
+    assert main.parse_args([]).hf_token == "hf_abc"
+    assert not {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"} & set(os.environ)  # ranks have no use for them
+
+
+def test_no_error_shows_a_token(capsys):
+    with pytest.raises(SystemExit):
+        options.fail("refused hf_secret\nin two lines, and --hf_token")
+    assert capsys.readouterr().err == "main.py: error: refused hf_... in two lines, and --hf_token\n"
+
+
+def test_command_for_the_model_card(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    flags = ["--hf_token", "hf_abc", f"--dataset_path={tmp_path}/rows.jsonl", "--output_dir", f"{tmp_path}/out put"]
+    command = options.describe_command([*flags, "--resume", "--model_name", "org/model"], "hf_abc")
+    assert command == (
+        "python main.py --hf_token hf_... --dataset_path=rows.jsonl --output_dir 'out put' --model_name org/model"
+    )
+
+
+# -----------------------------------------------------------------------------
+# runs with options that save time, memory or bytes
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +229,7 @@ def adapters(small_inputs, tmp_path_factory):
     }
     flags = "--world_size 2 --num_clients 4 --num_rounds 4 --local_steps 2 --learning_rate 1e-2".split() + small_inputs
     main.main([*flags, "--output_dir", str(folder)], target=functools.partial(layouts_rank, flags, cases))
-    return {name: (read_adapters(folder / name), utils.read_rounds(folder / name)) for name in cases}
+    return {name: (read_adapters(folder / name), runlog.read_rounds(folder / name)) for name in cases}
 
 
 def distance(adapters, name):
@@ -122,127 +253,8 @@ def test_packs_train_on_more_tokens_a_step(adapters):
 
 def test_bytes_are_those_of_the_clients_updates(adapters):
     size = len(adapters["default"][0])
-    blocks = -(-size // utils.CODE_BLOCK)
+    blocks = -(-size // CODE_BLOCK)
     expected = {"default": 4 * size, "send_bfloat16": 2 * size, "send_int8": size + 4 * blocks}
     expected["send_int8_svd"] = expected["send_int8"]
     for name, each in expected.items():
         assert {entry["bytes"] for entry in adapters[name][1]} == {4 * each}  # 4 clients
-
-
-# -----------------------------------------------------------------------------
-# narrow updates: what is rounded off is not lost
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def average_twice(update, dtype, **more):
-    """Two rounds with the same update; returns the averages, and what the client has kept back."""
-    model, kept_back = torch.nn.ParameterList([torch.zeros(len(update))]), {0: {}}
-    averages = [
-        utils.federated_average(
-            model, 1, torch.zeros(len(update)), [(0, 1.0, update)], dtype=dtype, kept_back=kept_back, **more
-        )
-        for _ in range(2)
-    ]
-    return averages, kept_back
-
-
-def test_int8_by_hand(alone):
-    """A block with the largest number 254 has steps of 2: of 3.2 it sends 4 (down from 1.6 steps), and keeps -0.8.
-
-    The next time, 3.2 - 0.8 = 2.4 are 1.2 steps: it sends 2, and keeps 0.4. Both are bfloat16 numbers.
-    """
-    update = torch.zeros(utils.CODE_BLOCK)
-    update[0], update[1], update[2] = 254, 3.2, -2
-    averages, kept_back = average_twice(update, "int8")
-    assert averages[0][:4].tolist() == [254, 4, -2, 0] and averages[1][:4].tolist() == [254, 2, -2, 0]
-    (kept,) = kept_back[0].values()
-    assert kept[:4].tolist() == pytest.approx([0, 0.4, 0, 0], abs=1e-5)
-
-
-def test_bfloat16_by_hand(alone):
-    """Above 256, bfloat16 has steps of 2: of 257.25 it sends 258, and keeps -0.75; then of 256.5 it sends 256."""
-    update = torch.full((utils.CODE_BLOCK,), 257.25)
-    averages, kept_back = average_twice(update, "bfloat16")
-    assert [average.unique().tolist() for average in averages] == [[258], [256]]
-    assert next(iter(kept_back[0].values())).unique().tolist() == [0.5]
-
-
-@pytest.mark.parametrize("aggregate", ["fedavg", "median", "krum"])
-def test_what_is_sent_in_the_long_run_is_what_was_meant(alone, aggregate):
-    torch.manual_seed(0)
-    update = torch.randn(3 * utils.CODE_BLOCK + 7)
-    averages, kept_back = average_twice(update, "int8", aggregate=utils.AGGREGATORS[aggregate])
-    (kept,) = kept_back[0].values()
-    # but for what the average loses on its way back as bfloat16, 2^-9 of it
-    assert (sum(averages) + kept - 2 * update).abs().max() <= 2**-8 * update.abs().max()
-    assert kept.abs().max() > 0
-
-
-def test_checksum_sees_values_and_places():
-    vector = torch.randn(5000)
-    others = [vector.roll(1), vector.flip(0), vector.clone().index_fill_(0, torch.tensor(4999), 0.0)]
-    assert federated.checksum(vector) == federated.checksum(vector.clone())
-    assert len({federated.checksum(each) for each in [vector, *others]}) == 4
-
-
-# -----------------------------------------------------------------------------
-# --dry_run
-
-
-def test_dry_run(tmp_path, hub):
-    """From a hub, without the weights; what is known exactly is that."""
-    before = len(hub.requests)
-    flags = "--dry_run --num_clients 16 --num_rounds 40 --model_name org/tiny --average_dtype bfloat16".split()
-    process = run_main(
-        *flags, "--output_dir", tmp_path / "out", HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "home")
-    )
-    assert process.returncode == 0, process.stderr
-    paths = [path for _, path, _ in hub.requests[before:]]
-    assert not (tmp_path / "out").exists()
-    assert any(path.endswith("config.json") for path in paths) and not any("safetensors" in path for path in paths)
-    output = " ".join(process.stdout.split())
-    assert "bytes 0.3 MB per client and round, as bfloat16" in output  # 163,840 parameters
-    assert "LoRA 0.2 M" in output and "rows 3,800 of 74 tokens" in output
-    assert "for 8 local steps x 4 rows" in output and "every 8 round(s)" in output and "run 40 rounds" in output
-
-
-def test_estimate_of_memory():
-    """What a layer saves for the backward pass, counted by torch, on models whose sizes differ one by one."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    def count(config):
-        args = main.parse_args(["--lora_r", "8", "--no-load_in_4bit"])
-        model = federated.add_lora(args, LlamaForCausalLM(config))
-        own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-        def pack(tensor):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() / 4
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            kept = model.get_base_model().model(input_ids=torch.arange(1, 65)[None], use_cache=False)
-        assert kept is not None
-        return sum(size for pointer, size in saved.items() if pointer not in own) / 64
-
-    for hidden, inner, heads, keys in ((32, 96, 4, 4), (64, 96, 4, 4), (32, 128, 4, 4), (32, 96, 2, 1)):
-        sizes = {"hidden_size": hidden, "intermediate_size": inner, "vocab_size": 100}
-        sizes |= {"num_attention_heads": heads, "num_key_value_heads": keys}
-        two, four = (LlamaConfig(**sizes, num_hidden_layers=layers) for layers in (2, 4))
-        assert (count(four) - count(two)) / 2 == report.saved_elements(two, 8)
-
-
-def test_count_of_parameters():
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
-    )
-    linear = 3 * (4 * 32 * 32 + 3 * 32 * 96)
-    assert report.count_parameters(config) == (linear, 2 * 100 * 32 + 7 * 32, 32 * 96)  # embeddings and norms

@@ -1,7 +1,7 @@
-"""What the README tells a reader to type.
+"""What the README and docs/ tell a reader: commands, flags, links, and the strategies to type in.
 
-python tests/test_readme.py runs its commands as they are, in a fresh copy, with a model in the folder smollm2:
-python tests/test_readme.py FOLDER_OF_SMOLLM2
+python tests/test_readme.py FOLDER_OF_SMOLLM2 runs the commands as they are, in a fresh copy, with a model in the folder
+smollm2.
 """
 
 import inspect
@@ -20,38 +20,197 @@ from torch.distributed.run import get_args_parser
 
 import main
 import utils
+from fllama import formats, options, runlog
+from fllama.collectives import Clients, Communicator, Update
 
 README = (ROOT / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+TEXTS = [README, *DOCS.values()]
+LINKED = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "benchmarks" / "README.md"]
+FEDEXP = re.search(r"```python\n(def fedexp.*?)```", README, re.DOTALL).group(1)
+
+
+def test_readme_is_a_front_page():
+    assert len(README.splitlines()) <= 250
 
 
 def test_ci_runs_the_readmes_test_command():
     command = next(line for line in README.splitlines() if "-m pytest" in line and line.startswith("python3 -m venv"))
-    assert command.replace("pip install -r", "pip install -q -r") in (ROOT / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
+    fast, slow = command.replace("pip install -r", "pip install -q -r") + "\n", ".venv/bin/python -m pytest -m slow\n"
+    assert fast in ci and slow in ci
+    assert ci.index(fast) < ci.index(slow)
+
+
+# -----------------------------------------------------------------------------
+# links
+
+
+def anchors_of(text):
+    """Return the anchors that GitHub makes of the headings of a page."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def broken_links(page):
+    """Return the relative links of a page whose file or anchor is not there."""
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    broken = []
+    for target in targets:
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        if not file.exists() or anchor and anchor not in anchors_of(file.read_text()):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A page: its heading\n[a](#a-page-its-heading) [b](#nowhere) [c](gone.md) [d](https://x.org)\n")
+    assert broken_links(page) == ["#nowhere", "gone.md"]
+
+
+def test_every_page_of_docs_is_linked_from_the_readme():
+    for name in DOCS:
+        assert f"(docs/{name})" in README or f"(docs/{name}#" in README, name
+
+
+# -----------------------------------------------------------------------------
+# flags, tables and outputs
+
+
+def test_flags_exist():
+    commands = []
+    for text in TEXTS:
+        commands += re.findall(r"python main\.py(.*?)(?:`|\n\n|\n```)", text.replace("\\\n", " "))
+    assert len(commands) >= 10
+    for command in commands:
+        if "--aggregator fedexp" not in command and "--help" not in command:
+            main.parse_args(shlex.split(command))
+    known = {"help"} | set(vars(main.parse_args([]))) | set(vars(get_args_parser().parse_args(["main.py"])))
+    for text in TEXTS:
+        assert set(re.findall(r"--([a-z0-9_]+)", re.sub("#SBATCH.*", "", text))) <= known
+
+
+def test_every_strategy_and_variant_is_in_the_docs():
+    page = DOCS["averaging.md"]
+    for name in [*utils.AGGREGATORS, *utils.LORA_VARIANTS]:
+        assert any(line.startswith("|") and f"`{name}`" in line for line in page.splitlines()), name
+    for name, strategy in utils.AGGREGATORS.items():
+        row = next(line for line in page.splitlines() if line.startswith("|") and f"`{name}`" in line)
+        for flag in list(inspect.signature(strategy).parameters)[2:]:
+            assert f"`--{flag}`" in row, (name, flag)
+
+
+def test_every_partition_and_form_of_rows_is_in_the_docs():
+    for name in main.PARTITIONS:
+        assert f"| `{name}` |" in DOCS["data.md"]
+    for columns in formats.FORMS.values():
+        assert ", ".join(f"`{column}`" for column in columns) in DOCS["data.md"]
+
+
+def test_every_key_of_a_round_is_in_the_docs():
+    keys = re.findall(r'^ +"(\w+)":', inspect.getsource(runlog.round_entry), re.MULTILINE)
+    assert {"round", "train_loss", "client_eval_loss", "seconds"} <= set(keys)
+    for key in [*keys, "digest"]:
+        assert f"`{key}`" in DOCS["outputs.md"], key
+
+
+def test_every_room_is_in_the_readme():
+    for path in (ROOT / "fllama").glob("*.py"):
+        assert path.name == "__init__.py" or f"`{path.name}`" in README, path.name
+
+
+def test_dry_run_says_what_the_docs_show(capsys):
+    shown = re.search(r"```text\n(dry run.*?)```", DOCS["costs.md"], re.DOTALL).group(1)
+    if torch.cuda.is_available():
+        pytest.skip("the docs show the dry run of a machine without GPUs")
+    main.main(["--dry_run"])
+    assert capsys.readouterr().out == shown
+
+
+# -----------------------------------------------------------------------------
+# strategies to type in
+
+
+def average(strategy, updates):
+    """Return what a strategy makes of updates (a list each) with the weights 1, 2, and so on, in one process."""
+    turns = [Update(k, 1.0 + k, torch.tensor(update), residuals={}) for k, update in enumerate(updates)]
+    size = len(updates[0])
+    clients = Clients(Communicator(0, 1), turns, start=torch.zeros(size), shapes=[(size,)])
+    return strategy(clients, {}).tolist()
+
+
+def test_worked_strategy():
+    """The README's fedexp by hand, on two clients with the weights 1 and 2."""
+    exec(FEDEXP, names := {})
+    # the mean is (1, 2), its square 5; the squares are 18, and 18 / (2 * 2 * 5) is below 1: the step is the mean
+    assert average(names["fedexp"], [[3.0, 0.0], [0.0, 3.0]]) == pytest.approx([1.0, 2.0])
+    # the mean is (0, 2), its square 4; the squares are 36 + 18, and 54 / (2 * 2 * 4) = 3.375
+    assert average(names["fedexp"], [[6.0, 0.0], [-3.0, 3.0]]) == pytest.approx([0.0, 6.75])
+    assert "fedexp" not in utils.AGGREGATORS  # or else choose another example
+
+
+def test_example_of_the_docs(capsys):
+    code = re.search(r"```python\n(.*?)```", DOCS["averaging.md"], re.DOTALL).group(1)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == re.search(r"print\(.*# (.*)", code).group(1)
+
+
+def test_exercise_is_one_function():
+    """A solution of exercise 2: each coordinate of the mean, times the agreement on its sign."""
+
+    def agreement(clients, state):
+        total, weight, signs, count = clients.sum(
+            lambda client: (client.weight * client.update, client.weight, client.update.sign(), 1)
+        )
+        return total / weight * (signs / count).abs()
+
+    # weights 1 and 2: the mean is (2, 0, -1); they agree on the first and the last coordinate
+    assert average(agreement, [[4.0, 2.0, -1.0], [1.0, -1.0, -1.0]]) == pytest.approx([2.0, 0.0, -1.0])
+    # the mean is (3, 3), and they agree on the first coordinate only
+    assert average(agreement, [[3.0, -3.0], [3.0, 6.0]]) == pytest.approx([3.0, 0.0])
+
+
+# -----------------------------------------------------------------------------
+# commands
 
 
 def find_commands():
     """Return the fenced commands that run a script here, in their order; not those that need a GPU or the hub."""
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-    commands = [line.split("&& ")[-1] for line in text.splitlines()]
-    return [
-        shlex.join([sys.executable, *shlex.split(command)[1:]])
-        for command in commands
-        if re.match(r"\S*python (main|assets/)", command) and "meta-llama" not in command
-    ]
+    commands = []
+    for text in TEXTS:
+        fenced = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+        for line in fenced.splitlines():
+            command = line.split("&& ")[-1]
+            if re.match(r"\S*python (main|assets/)", command) and "meta-llama" not in command:
+                commands.append(shlex.join([sys.executable, *shlex.split(command)[1:]]))
+    return commands
 
 
-def run_commands(model, shorten):
-    """Run the commands of the README in a copy of what git knows, with `model` in the folder smollm2."""
-    with tempfile.TemporaryDirectory() as folder:
-        names = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-        )
-        for name in names.stdout.splitlines():
+def copy_tree(folder, model):
+    """Copy what git knows into `folder`, and `model` into its folder smollm2."""
+    listed = ["git", "ls-files", "-co", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).exists():  # it may be removed, and git does not know yet
             Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, Path(folder, name))
-        shutil.copytree(model, Path(folder, "smollm2"))
-        for command in map(shorten, find_commands()):
-            yield command, subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=7200)
+    shutil.copytree(model, Path(folder, "smollm2"))
+
+
+def run_commands(folder, commands):
+    for command in commands:
+        yield command, subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=7200)
 
 
 def shorten(command):
@@ -66,10 +225,21 @@ def shorten(command):
     return shlex.join(words)
 
 
-def test_commands_in_a_fresh_copy():
+def type_in_fedexp(folder):
+    """Do in a copy what the README says for a new strategy."""
+    path = Path(folder, "utils.py")
+    text = path.read_text().replace("AGGREGATORS = {\n", f'{FEDEXP}\n\nAGGREGATORS = {{\n    "fedexp": fedexp,\n')
+    path.write_text(text)
+
+
+@pytest.mark.slow
+def test_commands_in_a_fresh_copy(tmp_path):
+    copy_tree(tmp_path, options.EMBEDDED_MODEL)
+    type_in_fedexp(tmp_path)
+    fedexp = shlex.join([sys.executable, "main.py", "--aggregator", "fedexp", "--output_dir", "outputs-fedexp"])
     ran = []
-    for command, process in run_commands(main.EMBEDDED_MODEL, shorten):
-        assert process.returncode == 0, (command, process.stderr)
+    for command, process in run_commands(tmp_path, map(shorten, [*find_commands(), fedexp])):
+        assert process.returncode == 0, (command, process.stdout, process.stderr)
         ran.append(command)
     for flag in (
         "main.py --num_rounds 2",
@@ -77,53 +247,16 @@ def test_commands_in_a_fresh_copy():
         "--ask",
         "--merge",
         "--dry_run",
+        "--partition column",
         "smollm2",
         "make_docstring_squad",
+        "fedexp",
     ):
         assert any(flag in command for command in ran), flag
 
 
-def test_flags_of_the_readme_exist():
-    commands = re.findall(r"python main\.py(.*?)(?:`|\n\n|\n```)", README.replace("\\\n", " "))
-    assert len(commands) >= 4
-    for command in commands:
-        if "--aggregator fedexp" not in command and "--help" not in command:
-            main.parse_args(shlex.split(command))
-    known = {"help"} | set(vars(main.parse_args([]))) | set(vars(get_args_parser().parse_args(["main.py"])))
-    assert set(re.findall(r"--([a-z0-9_]+)", re.sub("#SBATCH.*", "", README))) <= known
-
-
-def test_worked_strategy():
-    """The README's fedexp on clients with updates (3, 0) and (0, 3), weights 1 and 2, by hand."""
-    code = re.search(r"```python\n(def .*?)```", README, re.DOTALL).group(1)
-    updates, weights = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 3.0])], [1.0, 2.0]
-    sums = [torch.tensor([3.0, 6.0]), torch.tensor(3.0), torch.tensor(18.0), torch.tensor(2.0)]
-    sent = []
-
-    def sum_over_clients(*terms):
-        sent.append([torch.as_tensor(term) for term in terms])
-        return sums
-
-    exec(code, names := {"sum_over_clients": sum_over_clients})
-    # the mean is (1, 2), its square 5; 18 / (2 * 2 * 5) is below 1, so the step is the mean
-    results = [names["fedexp"](update, weight, {}) for update, weight in zip(updates, weights)]
-    assert all(result.tolist() == pytest.approx([1.0, 2.0]) for result in results)
-    assert all(torch.equal(sum(parts), total) for parts, total in zip(zip(*sent), sums))
-    sums[2] = torch.tensor(60.0)  # 60 / 20: three times as far
-    assert names["fedexp"](updates[0], 1.0, {}).tolist() == pytest.approx([3.0, 6.0])
-    assert "fedexp" not in utils.AGGREGATORS  # or else choose another example
-
-
-def test_every_strategy_and_variant_is_in_the_readme():
-    tables = README.split("## Averaging")[1].split("## Clients and their data")[0]
-    for name in [*utils.AGGREGATORS, *utils.LORA_VARIANTS]:
-        assert f"`{name}`" in tables
-    for name, strategy in utils.AGGREGATORS.items():
-        row = next(line for line in tables.splitlines() if line.startswith("|") and f"`{name}`" in line)
-        for flag in list(inspect.signature(strategy).parameters)[3:]:
-            assert f"`--{flag}`" in row, (name, flag)
-
-
 if __name__ == "__main__":
-    for command, process in run_commands(sys.argv[1], str):
-        print(f"\n$ {command}\n{process.stdout}{process.stderr}exit code {process.returncode}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        copy_tree(name, sys.argv[1])
+        for command, process in run_commands(name, find_commands()):
+            print(f"\n$ {command}\n{process.stdout}{process.stderr}exit code {process.returncode}", flush=True)

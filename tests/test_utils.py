@@ -1,29 +1,18 @@
-"""Data and files, without a process group."""
+"""Who gets which rows, who plays when, and the lists of losses."""
 
 import json
 
 import datasets
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
-import main
 import utils
 
-SAMPLE = {"context": "Rx: aspirin 30 mg.", "question": "How much aspirin?", "answers": {"text": ["30 mg", "30"]}}
-CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content }}<|eot_id|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-NO_SYSTEM = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "[{{ m.role }}] {{ m.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
-)
+# -----------------------------------------------------------------------------
+# splits
 
-
-@pytest.fixture
-def tokenizer():
-    return AutoTokenizer.from_pretrained(main.EMBEDDED_MODEL)
+LABELS = np.array(["a"] * 60 + ["b"] * 30 + ["c"] * 10)
+ROWS = utils.split_evenly(100, 1, seed=3)[0]
 
 
 def test_partition_holds_every_row_once_and_evenly():
@@ -35,116 +24,114 @@ def test_partition_holds_every_row_once_and_evenly():
     assert list(parts[0]) != list(utils.partition_dataset(rows, 0, 8, seed=1)["id"])
 
 
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "column", "quantity"])
+def test_every_row_goes_to_one_client_and_the_same_every_time(kind):
+    size = 3 if kind == "column" else 6
+    parts = utils.partition_rows(ROWS, size, kind, LABELS, alpha=0.5, seed=3)
+    assert sorted(np.concatenate(parts)) == list(range(100)) and len(parts) == size
+    again = utils.partition_rows(ROWS, size, kind, LABELS, alpha=0.5, seed=3)
+    assert [part.tolist() for part in parts] == [part.tolist() for part in again]
+
+
+def test_split_is_the_same_on_every_machine():
+    """The split of 12 rows, written down once: numpy's generator is part of what a seed promises."""
+    parts = utils.partition_rows(utils.split_evenly(12, 1, 5)[0], 3, "dirichlet", ["x", "y"] * 6, alpha=0.5, seed=5)
+    assert [part.tolist() for part in parts] == [[6, 10, 4, 0, 2], [8, 9], [11, 1, 3, 7, 5]]
+
+
+def test_iid_is_partition_dataset():
+    rows = datasets.Dataset.from_dict({"id": list(range(100))})
+    parts = utils.partition_rows(np.concatenate(utils.split_evenly(100, 7, seed=3)), 7)
+    assert [part.tolist() for part in parts] == [utils.partition_dataset(rows, k, 7, seed=3)["id"][:] for k in range(7)]
+
+
+def test_column_gives_a_client_per_value():
+    parts = utils.partition_rows(ROWS, 3, "column", LABELS)
+    assert [set(LABELS[part]) for part in parts] == [{"a"}, {"b"}, {"c"}]
+
+
+def test_quantity_is_a_power_law():
+    # 2 rows each, and 92 rows by 1 : 1/2 : 1/3 : 1/4, that is 44.16, 22.08, 14.72 and 11.04
+    assert [len(part) for part in utils.partition_rows(ROWS, 4, "quantity")] == [46, 24, 17, 13]
+
+
+def test_small_alpha_means_few_labels():
+    names = np.array(["a", "b", "c"])
+
+    def largest_share(alpha):
+        parts = utils.partition_rows(np.arange(9000), 6, "dirichlet", np.tile(names, 3000), alpha, seed=1)
+        shares = []
+        for part in parts:
+            _, counts = np.unique(names[part % 3], return_counts=True)
+            shares.append(counts.max() / len(part))
+        return np.mean(shares)
+
+    assert largest_share(0.2) > 0.7 and largest_share(1000) < 0.36
+
+
+# -----------------------------------------------------------------------------
+# who plays when
+
+
 def test_schedule_reads_every_row_once_an_epoch():
     order = utils.schedule_rows(10, 25, seed=3)
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and len(order) == 25
     assert list(order[:10]) != list(order[10:20])
     assert np.array_equal(order[:20], utils.schedule_rows(10, 20, seed=3))  # a longer run begins with the same rows
+    assert len(utils.schedule_rows(10, 0, seed=3)) == 0
 
 
-def test_conversation_of_a_squad_row(tokenizer):
-    conversation = utils.convert_squad_sample_to_llama_conversation(SAMPLE, tokenizer)
-    assert [message["role"] for message in conversation["prompt"]] == ["system", "user"]
-    assert conversation["prompt"][0]["content"].endswith("Rx: aspirin 30 mg.")
-    assert conversation["prompt"][1]["content"] == "How much aspirin?"
-    assert conversation["completion"] == [{"role": "assistant", "content": "30 mg"}]
+@pytest.mark.parametrize(("num_clients", "drawn"), [(1, 1), (8, 8), (10, 4), (100, 9), (1000, 1000)])
+def test_plan(num_clients, drawn):
+    plans = {size: utils.plan_rounds(num_clients, drawn, 6, size, seed=4) for size in (1, 2, 3) if size <= drawn}
+    for size, plan in plans.items():
+        holder = {}
+        for number, (shares, moves) in enumerate(plan):
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1 and min(map(len, shares)) >= 1
+            clients = sorted(client for share in shares for client in share)
+            assert len(set(clients)) == drawn and set(clients) <= set(range(num_clients))
+            assert clients == sorted(plans[1][number][0][0])  # the draw does not depend on the ranks
+            assert clients == plan[number].clients()
+            now = {client: rank for rank, share in enumerate(shares) for client in share}
+            assert sorted(moves) == sorted((c, holder[c], r) for c, r in now.items() if holder.get(c, r) != r)
+            holder |= now
+    if drawn < num_clients:
+        assert plans[1][0] != plans[1][1]
+    assert plans[1] != utils.plan_rounds(num_clients, drawn, 6, 1, seed=5) or drawn == num_clients
 
 
-@pytest.mark.parametrize("answers", [{"text": ["30 mg"]}, [{"text": "30 mg"}]])
-def test_both_forms_of_answers(tokenizer, answers):
-    assert utils.list_answers(SAMPLE | {"answers": answers}) == ["30 mg"]
+def test_clients_stay_on_their_machine_if_there_is_room():
+    """Of the moves of 30 rounds on 4 ranks, fewer are between machines where ranks 0 and 1, 2 and 3 share one."""
+
+    def moves_between(machine_of_rank):
+        plan = utils.plan_rounds(40, 16, 30, 4, seed=1, machine_of_rank=machine_of_rank)
+        moves = [(source // 2, target // 2) for played in plan for _, source, target in played.moves]
+        return sum(source != target for source, target in moves)
+
+    assert moves_between([0, 0, 1, 1]) < moves_between(None)
 
 
-@pytest.mark.parametrize("answers", [{"text": []}, []])
-def test_no_answer_means_unanswerable(answers):
-    assert utils.list_answers(SAMPLE | {"answers": answers}) == ["unanswerable"]
+# -----------------------------------------------------------------------------
+# losses on disk
 
 
-def test_template_without_a_system_role(tokenizer):
-    tokenizer.chat_template = NO_SYSTEM
-    conversation = utils.convert_squad_sample_to_llama_conversation(SAMPLE, tokenizer)
-    assert [message["role"] for message in conversation["prompt"]] == ["user"]
-    assert "Rx: aspirin 30 mg." in conversation["prompt"][0]["content"]
-    assert conversation["prompt"][0]["content"].endswith("How much aspirin?")
+def test_losses_are_appended(tmp_path):
+    path = tmp_path / "client_0_train_loss.json"
+    for loss in (0.5, float("nan"), 1.5):
+        utils.append_loss_to_file(path, loss)
+    assert json.loads(path.read_text()) == [0.5, None, 1.5]
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_template_that_drops_the_system_message(tokenizer):
-    tokenizer.chat_template = NO_SYSTEM.replace("{{ raise_exception('no system') }}", "{% continue %}")
-    assert len(utils.convert_squad_sample_to_llama_conversation(SAMPLE, tokenizer)["prompt"]) == 1
+def test_a_file_is_whole_at_any_time(tmp_path, monkeypatch):
+    """If the new content cannot be written, the old one stays."""
+    path = tmp_path / "losses.json"
+    utils.write_aside(path, "[1]")
 
+    def fail(*args):
+        raise OSError
 
-@pytest.mark.parametrize("template", [None, CHATML, NO_SYSTEM])
-def test_loss_on_the_answer_only(tokenizer, template):
-    tokenizer.chat_template = template or tokenizer.chat_template
-    row = utils.tokenize_row(SAMPLE, tokenizer, 512)
-    assert row["input_ids"].count(tokenizer.bos_token_id) == (0 if template == CHATML else 1)
-    assert tokenizer.decode([label for label in row["labels"] if label != -100]).lstrip() == "30 mg<|eot_id|>"
-    assert row["labels"][-1] == tokenizer.eos_token_id
-    assert row["length"] == len(row["input_ids"]) == len(row["labels"])
-    assert row["answer_length"] == sum(label != -100 for label in row["labels"])
-    assert row["references"] == ["30 mg", "30"]
-
-
-def test_prompt_is_what_the_model_sees_when_it_answers(tokenizer):
-    row = utils.tokenize_row(SAMPLE, tokenizer, 512)
-    prompt = utils.convert_squad_sample_to_llama_conversation(SAMPLE, tokenizer)["prompt"]
-    shown = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
-    assert row["input_ids"][: row["labels"].count(-100)] == shown
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": "30 mg"}]},
-        {"prompt": "How much?", "completion": " 30 mg"},
-        {
-            "prompt": [{"role": "user", "content": "How much?"}],
-            "completion": [{"role": "assistant", "content": "30 mg"}],
-        },
-    ],
-)
-def test_other_forms_of_rows(tokenizer, row):
-    tokens = utils.tokenize_row(row, tokenizer, 512)
-    assert tokens["input_ids"].count(tokenizer.bos_token_id) == 1
-    assert tokenizer.decode([label for label in tokens["labels"] if label != -100]).strip() == "30 mg<|eot_id|>"
-    assert [reference.strip() for reference in tokens["references"]] == ["30 mg"]
-
-
-def test_truncation_is_marked(tokenizer):
-    whole = utils.tokenize_row(SAMPLE, tokenizer, 512)
-    cut = utils.tokenize_row(SAMPLE, tokenizer, whole["length"] - 1)
-    assert not whole["truncated"] and cut["truncated"]
-    assert cut["answer_length"] == whole["answer_length"] - 1 and cut["length"] == len(cut["labels"])
-    assert utils.tokenize_row(SAMPLE, tokenizer, 5)["answer_length"] == 0
-
-
-@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet", "folder", "save_to_disk"])
-def test_every_kind_of_dataset(tmp_path, kind):
-    rows = datasets.Dataset.from_list([{"prompt": f"a{i}", "completion": f"b{i}"} for i in range(5)])
-    path = tmp_path / f"rows.{kind}"
-    if kind == "folder":
-        path.mkdir()
-        rows.to_json(path / "train.jsonl")
-        rows.select([0]).to_json(path / "validation.jsonl")
-    elif kind == "save_to_disk":
-        datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(path)
-    else:
-        {"json": rows.to_json, "jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[kind](path)
-    train, held_out = utils.load_rows(str(path))
-    assert list(train["prompt"]) == ["a0", "a1", "a2", "a3", "a4"]
-    assert (held_out is None) == (kind not in ("folder", "save_to_disk"))
-
-
-def test_losses_are_appended_and_cut_back(tmp_path):
-    for number in range(1, 4):
-        utils.append_loss_to_file(tmp_path / "client_0_train_loss.json", 0.5 * number)
-        if number != 2:
-            utils.append_loss_to_file(tmp_path / "global_eval_loss.json", 1.0 * number)
-        with open(tmp_path / "rounds.jsonl", "a") as file:
-            entry = {"round": number, "clients": [0, 3], "eval_loss": None if number == 2 else 1.0 * number}
-            file.write(json.dumps(entry) + "\n")
-    assert json.loads((tmp_path / "client_0_train_loss.json").read_text()) == [0.5, 1.0, 1.5]
-    utils.cut_back_logs(tmp_path, 2)
-    assert json.loads((tmp_path / "client_0_train_loss.json").read_text()) == [0.5, 1.0]
-    assert json.loads((tmp_path / "global_eval_loss.json").read_text()) == [1.0]
-    assert [entry["round"] for entry in utils.read_rounds(tmp_path)] == [1, 2]
+    monkeypatch.setattr(utils.os, "replace", fail)
+    with pytest.raises(OSError):
+        utils.append_loss_to_file(path, 2.0)
+    assert path.read_text() == "[1]"

@@ -5,6 +5,7 @@ main.run_rank does.
 """
 
 import gc
+import inspect
 import os
 import resource
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import utils
 
@@ -31,6 +33,11 @@ def note_collectives(calls):
             return original(*args, **kwargs)
 
         setattr(dist, name, noted)
+
+
+def by_name(function, arguments):
+    """Return positional arguments of a function as {name: value}."""
+    return inspect.signature(function).bind(*arguments).arguments
 
 
 def average_rank(rank, folder, values):
@@ -75,15 +82,17 @@ def traced_rank(rank, args, run):
     original_step, original_publish = trl.SFTTrainer.training_step, publish.publish
     in_local_steps = []
 
-    def start_or_resume(args, run, comm, trainer, rows, lora, private):
+    def start_or_resume(*arguments):
+        given = by_name(original_start, arguments)
+        trainer, lora = given["trainer"], given["lora"]
         trace["own_start"] = utils.flatten_parameters(lora)
-        server, clients = original_start(args, run, comm, trainer, rows, lora, private)
+        found = original_start(*arguments)
         trace["start"] = utils.flatten_parameters(lora)
         trace["processes"] = trainer.accelerator.num_processes
         trace["wrapped"] = type(trainer.model_wrapped).__name__
         trace["names"] = [name for name, each in trainer.model.named_parameters() if each.requires_grad]
         trace["dtypes"] = {parameter.dtype for parameter in lora}
-        return server, clients
+        return found
 
     def local_steps(*args):
         in_local_steps.append(True)
@@ -105,14 +114,15 @@ def traced_rank(rank, args, run):
         trace["weights"].append(turn.weight)
         return fedavg(clients, state)
 
-    def publish_and_save(args, run, comm, trainer, *rest):
-        trace["end"] = utils.flatten_parameters(utils.shared_parameters(trainer.model, "lora_"))
+    def publish_and_save(*arguments):
+        model = by_name(original_publish, arguments)["trainer"].model
+        trace["end"] = utils.flatten_parameters(utils.shared_parameters(model, "lora_"))
         torch.save(trace, f"{args.output_dir}/trace_{rank}.pt")
-        original_publish(args, run, comm, trainer, *rest)
+        original_publish(*arguments)
 
     federated.start_or_resume, federated.local_steps = start_or_resume, local_steps
     trl.SFTTrainer.training_step, publish.publish = training_step, publish_and_save
-    torch.optim.optimizer.register_optimizer_step_pre_hook(before_optimizer_step)
+    register_optimizer_step_pre_hook(before_optimizer_step)
     utils.AGGREGATORS["fedavg"] = traced_fedavg
     main.run_rank(rank, args, run)
 
@@ -130,9 +140,9 @@ def gradients_rank(rank, args, run):
     def gradient():
         return utils.flatten_parameters([parameter.grad for parameter in now["parameters"]])
 
-    def local_steps(args, trainer, batches, parameters, server, client_state, turn, rates):
-        now.update(parameters=parameters, server=server, client=turn.client)
-        original_steps(args, trainer, batches, parameters, server, client_state, turn, rates)
+    def local_steps(*arguments):
+        now.update(by_name(original_steps, arguments))
+        original_steps(*arguments)
         now.clear()
 
     def clip_grad_norm_(self, *args):
@@ -144,11 +154,11 @@ def gradients_rank(rank, args, run):
             return
         number, start = now["server"].rounds_done + 1, now["server"].start
         moved = utils.flatten_parameters(now["parameters"]) - start
-        step = {"round": number, "client": now["client"], "before": now["before"], "moved": moved}
+        step = {"round": number, "client": now["turn"].client, "before": now["before"], "moved": moved}
         trace.append(step | {"added": gradient() - now["before"]})
 
     federated.local_steps, Accelerator.clip_grad_norm_ = local_steps, clip_grad_norm_
-    torch.optim.optimizer.register_optimizer_step_pre_hook(before_optimizer_step)
+    register_optimizer_step_pre_hook(before_optimizer_step)
     main.run_rank(rank, args, run)
     torch.save(trace, f"{args.output_dir}/gradients.pt")
 
@@ -243,8 +253,8 @@ def faulty_rank(fault, rank, args, run):
     elif fault == "ddp":
         original = federated.start_or_resume
 
-        def start_or_resume(args, run, comm, trainer, *rest):
-            found = original(args, run, comm, trainer, *rest)
+        def start_or_resume(*arguments):
+            found, trainer = original(*arguments), by_name(original, arguments)["trainer"]
             trainer.model_wrapped = torch.nn.parallel.DistributedDataParallel(trainer.model)
             return found
 
@@ -294,10 +304,10 @@ def troubled_rank(trouble, victim, rank, args, run):
     original_steps, original_step = federated.local_steps, trl.SFTTrainer.training_step
     in_a_step = []  # (turn of round 2, function): called in the last forward pass of that turn
 
-    def local_steps(args, trainer, batches, parameters, server, *rest):
-        number = server.rounds_done + 1
+    def local_steps(*arguments):
+        number = by_name(original_steps, arguments)["server"].rounds_done + 1
         now.update(round=number, turn=now["turn"] + 1 if number == now["round"] else 1, batch=0)
-        original_steps(args, trainer, batches, parameters, server, *rest)
+        original_steps(*arguments)
 
     def training_step(self, *rest):
         now["batch"] += 1
@@ -382,10 +392,11 @@ def poisoned_rank(poison, clients, rank, args, run, bad_round=2):
 
     original = federated.local_steps
 
-    def local_steps(args, trainer, batches, parameters, server, client_state, turn, rates):
-        original(args, trainer, batches, parameters, server, client_state, turn, rates)
-        if server.rounds_done + 1 == bad_round and turn.client in clients:
-            for parameter in trainer.model.parameters():
+    def local_steps(*arguments):
+        original(*arguments)
+        given = by_name(original, arguments)
+        if given["server"].rounds_done + 1 == bad_round and given["turn"].client in clients:
+            for parameter in given["trainer"].model.parameters():
                 if parameter.requires_grad:
                     parameter.data.mul_(poison)
 

@@ -17,12 +17,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import main
 import utils
+from fllama import launch
+from fllama.collectives import Communicator, Update
 
 REPEATS, TENSORS = 7, 448
 SIZES = {"SmolLM2-135M, r=16": 4_900_000, "Llama-3.1-8B, r=16": 42_000_000}
 STRATEGIES = ["fedavg", "fedavg bfloat16", "fedavg int8", "median", "trimmed_mean", "krum", "fedadam"]
+STRATEGIES += ["geometric_median"]
 
 
 def memory(field):
@@ -36,21 +38,14 @@ def make(world_size, rank, size):
     torch.manual_seed(rank)
     model = torch.nn.ParameterList([torch.randn(size // TENSORS) for _ in range(TENSORS)])
     start, states = torch.zeros(size // TENSORS * TENSORS), {name: {} for name in STRATEGIES}
-    kept_back = {rank: {}}
+    residuals = {name: {} for name in STRATEGIES}
 
     def average(name):
         strategy, dtype = (*name.split(), "float32")[:2]
-        clients = [(rank, 1.0 + rank, utils.flatten_parameters(model).sub_(start))]
-        return utils.federated_average(
-            model,
-            world_size,
-            start,
-            clients,
-            utils.AGGREGATORS[strategy],
-            states[name],
-            dtype=dtype,
-            kept_back=kept_back,
-        )
+        comm = Communicator(rank, world_size, average_dtype=dtype)
+        update = utils.flatten_parameters(model).sub_(start)
+        turns = [Update(rank, 1.0 + rank, update, residuals[name])]
+        return utils.federated_average(model, world_size, start, turns, utils.AGGREGATORS[strategy], states[name], comm)
 
     return average
 
@@ -77,9 +72,8 @@ def time_rank(rank, world_size, store):
         base, *rest = (statistics.median(values) for values in measured.values())
         if rank == 0:
             for name, value in zip(STRATEGIES, rest):
-                print(
-                    f"| {label} | {world_size} | {name} | {base:.3f} | {value:.3f} | {value / base:.2f} |", flush=True
-                )
+                row = f"| {label} | {world_size} | {name} | {base:.3f} | {value:.3f} | {value / base:.2f} |"
+                print(row, flush=True)
     dist.destroy_process_group()
 
 
@@ -105,7 +99,7 @@ if __name__ == "__main__":
     print("| P of | ranks | strategy | vectors of P |\n|---|---|---|---|")
     for name in STRATEGIES:
         spawn(memory_rank, 2, name, "Llama-3.1-8B, r=16")
-    os.environ |= main.KEEP_FREED_MEMORY
+    os.environ |= launch.KEEP_FREED_MEMORY
     print("| P of | ranks | strategy | bare all-reduce, s | federated_average, s | ratio |\n|---|---|---|---|---|---|")
     for world_size in (2, 4):
         spawn(time_rank, world_size)

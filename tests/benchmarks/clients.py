@@ -15,49 +15,49 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import main
-import utils
+from fllama import runlog
 
 
-def timed_rank(rank, args):
+def timed(function, seconds):
+    """Return `function` as it is, but each call appends its seconds to the list."""
+
+    def wrapped(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    return wrapped
+
+
+def timed_rank(rank, args, run):
     import federated
+    from fllama import data
 
-    utils.ANSWERED_ROWS, utils.GLOBAL_EVAL_ROWS, utils.CLIENT_EVAL_ROWS = 1, 1, 1  # not what is timed
-    entering, leaving, turns = [], [], []
-
-    class TimedRounds(federated.FederatedRounds):
-        def enter(self, client):
-            start = time.perf_counter()
-            super().enter(client)
-            entering.append(time.perf_counter() - start)
-
-        def begin_turn(self):
-            super().begin_turn()
-            self.began = time.perf_counter()
-
-        def finish_turn(self):
-            turns.append((start := time.perf_counter()) - self.began)
-            super().finish_turn()
-            if self.turn % 2 == 1:  # the first of two clients: puts its update into a file
-                leaving.append(time.perf_counter() - start)
-
-    federated.FederatedRounds = TimedRounds
-    main.run_rank(rank, args)
-    Path(args.output_dir, "timed.json").write_text(json.dumps([entering, leaving, turns]))
+    data.ANSWERED_ROWS, data.GLOBAL_EVAL_ROWS = 1, 1  # not what is timed
+    seconds = {name: [] for name in ("load", "local_steps", "hand_in", "put_aside")}
+    federated.LocalClients.load = timed(federated.LocalClients.load, seconds["load"])
+    for name in ("local_steps", "hand_in", "put_aside"):
+        setattr(federated, name, timed(getattr(federated, name), seconds[name]))
+    main.run_rank(rank, args, run)
+    Path(args.output_dir, "timed.json").write_text(json.dumps(seconds))
 
 
 def run(flags, folder, target=main.run_rank):
     main.main([*flags.split(), "--output_dir", folder], target=target)
-    return [json.loads(line) for line in Path(folder, "rounds.jsonl").read_text().splitlines()]
+    return runlog.read_rounds(folder)
 
 
 def change_clients(smollm2):
     with tempfile.TemporaryDirectory() as folder:
         flags = "--world_size 1 --num_clients 2 --num_rounds 3 --local_steps 10 --eval_rounds 3 --save_rounds 3"
         run(f"{flags} --model_name {smollm2}", folder, timed_rank)
-        entering, leaving, turns = json.loads(Path(folder, "timed.json").read_text())
-    enter, turn = statistics.median(entering[1:6]), statistics.median(turns)  # the first finds nothing to put away
-    enter += statistics.median(leaving)
-    print(f"changing clients {enter:.3f} s, 10 local steps {turn:.1f} s: {100 * enter / turn:.2f}%")
+        seconds = json.loads(Path(folder, "timed.json").read_text())
+    turn = statistics.median(seconds["local_steps"])
+    # loading puts the client before away; the first finds nothing to put away, and after the sixth comes the end
+    change = statistics.median(seconds["load"][1:6])
+    change += statistics.median(seconds["hand_in"]) + statistics.median(seconds["put_aside"])
+    print(f"changing clients {change:.3f} s, 10 local steps {turn:.1f} s: {100 * change / turn:.2f}%")
 
 
 def linear():
@@ -68,7 +68,8 @@ def linear():
         for clients in seconds:
             with tempfile.TemporaryDirectory() as folder:
                 rounds = run(f"{flags} --num_clients {clients}", folder)
-            seconds[clients] += [sum(entry["seconds"][part] for part in ("local", "average")) for entry in rounds[1:]]
+            for entry in rounds[1:]:
+                seconds[clients].append(entry["seconds"]["local"] + entry["seconds"]["average"])
     print("| clients a round | seconds a round | a client | of that with 256 |\n|---|---|---|---|")
     each = {clients: statistics.median(values) / clients for clients, values in seconds.items()}
     for clients, value in each.items():
@@ -82,10 +83,9 @@ def memory():
         for state in ("keep", "reset"):
             number = 400 // clients  # rounds, for as many steps in all, as longer runs meet longer rows
             flags = f"--world_size 2 --num_clients {clients} --client_state {state} --num_rounds {number}"
+            flags += f" --local_steps 1 --lora_r 64 --eval_rounds {number} --save_rounds {number}"
             with tempfile.TemporaryDirectory() as folder:
-                rounds = run(
-                    f"{flags} --local_steps 1 --lora_r 64 --eval_rounds {number} --save_rounds {number}", folder
-                )
+                rounds = run(flags, folder)
             peaks.append(rounds[-2]["peak_memory_gb"])  # the last one is evaluated and saved
         print(f"| {clients} | {peaks[0]:.3f} | {peaks[1]:.3f} |", flush=True)
 

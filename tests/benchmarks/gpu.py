@@ -11,17 +11,18 @@ of this GPU) and peak memory; `packing` the same for shorter rows;
 import functools
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 import training
 
 import main
+from fllama import options, prepare
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -44,14 +45,14 @@ def make_inputs(folder, shape, words=1100, num_rows=200):
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, LlamaConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(main.EMBEDDED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(options.EMBEDDED_MODEL)
     tokenizer.save_pretrained(folder / "model")
     LlamaConfig(**shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id).save_pretrained(
         folder / "model"
     )
-    names = {f"model.layers.0.{part}.weight": torch.zeros(1) for part in main.utils.LORA_TARGETS}
+    names = {f"model.layers.0.{part}.weight": torch.zeros(1) for part in prepare.LORA_TARGETS}
     save_file(names, folder / "model" / "model.safetensors")
-    text = Path(main.EMBEDDED_DATA, "train.jsonl").read_text().split()
+    text = Path(options.EMBEDDED_DATA, "train.jsonl").read_text().split()
     rows = ({"prompt": "the", "completion": " ".join(text[10 * i : 10 * i + words])} for i in range(num_rows))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"--model_name {folder}/model --dataset_path {folder}/rows.jsonl --max_length 1024 --warmup_steps 0"
@@ -78,14 +79,30 @@ def random_weights(path, dtype, quantization_config, device_map, attn_implementa
     )
 
 
-def prepare(rank):
+def begin(rank, args, run):
     """What every rank of this benchmark begins with."""
-    for name in main.LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
-    training.prepare(rank)
+    training.begin(rank, args, run)
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained = random_weights
+
+
+def measure_products():
+    """Return the FLOP/s of this machine's matrix products."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    torch.set_num_threads(1)
+    kind = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {}
+    a, b = torch.randn(1024, 8192, **kind), torch.randn(8192, 8192, **kind)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024 * 8192 * 8192 / statistics.median(seconds[1:])
 
 
 def peak_memory():
@@ -99,50 +116,49 @@ def peak_memory():
     return training.memory("VmHWM")
 
 
-def speed_rank(own_flags, kinds, turns, rank, args):
+def speed_rank(own_flags, kinds, turns, rank, args, run):
     """Each kind in turn, `turns` times; writes {kind: [(tokens per second, GB)]}."""
-    prepare(rank)
-    import federated
-
-    data, measured = federated.load_client_data(rank, args), {kind: [] for kind in kinds}
+    begin(rank, args, run)
+    rows, measured = training.own_rows(rank, args, run), {kind: [] for kind in kinds}
     per_step = args.per_device_train_batch_size
     for turn in range(turns):
         for kind in kinds:
-            folder, lengths = f"{args.output_dir}/{turn}_{kind.replace(' ', '_')}", data.lengths
+            folder, lengths = f"{args.output_dir}/{turn}_{kind.replace(' ', '_')}", lengths_of(rows)
             if kind == "naive loop":  # its defaults: fp16, and evaluating and saving at every step
                 settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-                settings |= {"fp16": True, "bf16": False} if args.num_gpus else {}
-                rows = data.rows.select(range(8))
-                rounds = training.naive_loop(rank, args, data, folder, STEPS + 1, eval_dataset=rows, **settings)
+                settings |= {"fp16": True, "bf16": False} if run.num_gpus else {}
+                some = rows.select(range(8))
+                rounds = training.naive_loop(rank, args, run, rows, folder, STEPS + 1, eval_dataset=some, **settings)
                 speed = sum(lengths[:per_step]) * STEPS / sum(rounds[1:])
             else:
                 if kind == "plain TRL":
-                    trainer = training.plain_trainer(args, data, folder, max_steps=STEPS + 2)
-                    training.clock(trainer, times := [])
-                    trainer.train()
-                    del trainer
+                    times = training.plain_run(args, run, rows, folder, STEPS + 2)
                 else:
                     case = main.parse_args([*own_flags, *kind.split()])
-                    case.model_path, case.data_path, case.resume_from = args.model_path, args.data_path, None
-                    times, lengths = training.federated_run(rank, case, folder)
+                    lengths = lengths_of(training.own_rows(rank, case, run))
+                    times = training.federated_run(rank, case, run, folder)
                 speed = sum(lengths[per_step : (len(times) - 1) * per_step]) / (times[-1] - times[1])
             measured[kind].append((speed, peak_memory()))
     Path(args.output_dir, "speed.json").write_text(json.dumps(measured))
 
 
+def lengths_of(rows):
+    """Return the tokens of each sequence, which is a row or, with --packing, a pack of rows."""
+    return [len(ids) for ids in rows["input_ids"]]
+
+
 def speed(folder, shape, words, kinds):
-    import report
-    import torch
     from transformers import LlamaConfig
+
+    from fllama.estimate import count_parameters
 
     flags = make_inputs(folder, shape, words)
     flags += f" --world_size 1 --local_steps 1 --num_rounds {STEPS + 2} --eval_rounds 100 --save_rounds 100"
     flags = [*flags.split(), "--output_dir", str(folder / "out")]
-    main.main(flags, target=functools.partial(speed_rank, flags, kinds, TURNS))
+    training.launch_ranks(flags, functools.partial(speed_rank, flags, kinds, TURNS))
     measured = json.loads((folder / "out" / "speed.json").read_text())
-    on_gpu = torch.cuda.is_available()
-    rate, _ = report.measure_speed(*(("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)), (8192, 8192))
-    linear, _, _ = report.count_parameters(LlamaConfig(**shape))
+    rate = measure_products()
+    linear, _, _ = count_parameters(LlamaConfig(**shape))
     base = statistics.median(speed for speed, _ in measured["plain TRL"])
     lines = [f"rows of {words} words; matrix products {rate / 1e12:.1f} TFLOP/s"]
     lines += ["| | tokens/s | of plain TRL | model FLOP utilization | peak memory, GB |", "|---|---|---|---|---|"]
@@ -154,15 +170,15 @@ def speed(folder, shape, words, kinds):
     return lines
 
 
-def profile_rank(rank, args):
+def profile_rank(rank, args, run):
     """Three steps of this project; writes the seconds of each kind of kernel."""
-    prepare(rank)
+    begin(rank, args, run)
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]
     with profile(activities=activities) as profiled:
-        training.federated_run(rank, args, f"{args.output_dir}/profiled")
+        training.federated_run(rank, args, run, f"{args.output_dir}/profiled")
     kinds = {
         "dequantization": ("dequant", "4bit", "blockwise"),
         "attention": ("attention", "flash", "fmha", "sdpa"),
@@ -180,7 +196,7 @@ def profile_rank(rank, args):
 
 def where_the_time_goes(folder, shape):
     flags = make_inputs(folder, shape) + " --world_size 1 --local_steps 3 --num_rounds 1 --save_rounds 100"
-    main.main([*flags.split(), "--output_dir", str(folder / "out")], target=profile_rank)
+    training.launch_ranks([*flags.split(), "--output_dir", str(folder / "out")], profile_rank)
     seconds = json.loads((folder / "out" / "profile.json").read_text())
     total = sum(seconds.values())
     return ["| of three steps and an evaluation | share |", "|---|---|"] + [
@@ -188,11 +204,10 @@ def where_the_time_goes(folder, shape):
     ]
 
 
-def shared_rank(rank, args):
-    if args.num_gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
-    prepare(rank)
-    times, _ = training.federated_run(rank, args, f"{args.output_dir}/shared")
+def shared_rank(rank, args, run):
+    run = replace(run, num_gpus=min(run.num_gpus, 1))  # of several, the first one
+    begin(rank, args, run)
+    times = training.federated_run(rank, args, run, f"{args.output_dir}/shared")
     Path(args.output_dir, f"shared_{rank}.json").write_text(json.dumps([times[-1] - times[0], peak_memory()]))
 
 
@@ -203,8 +218,9 @@ def sharing(folder, shape):
         inputs.mkdir()
         flags = make_inputs(inputs, shape)
         flags += f" --world_size {world_size} --num_clients 8 --local_steps 2 --num_rounds 3 --eval_rounds 100"
+        flags += " --backend gloo"
         start = time.perf_counter()
-        main.main([*flags.split(), "--output_dir", str(inputs / "out")], target=shared_rank)
+        training.launch_ranks([*flags.split(), "--output_dir", str(inputs / "out")], shared_rank)
         whole = time.perf_counter() - start
         seconds, memory = json.loads((inputs / "out" / "shared_0.json").read_text())
         lines.append(f"| {world_size} rank(s), {whole:.0f} s with the start | {seconds:.1f} | {memory:.1f} |")

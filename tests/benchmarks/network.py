@@ -7,6 +7,7 @@ Network namespaces as machines, no faster than a rate set by tc tbf; needs root,
 """
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -20,59 +21,66 @@ import torch.distributed as dist
 
 import main
 import utils
+from fllama import runlog
+from fllama.collectives import Communicator, Update
 
 RATES = {"100mbit": 1e8, "1gbit": 1e9, "10gbit": 1e10}
 DTYPES = {"float32": 4 + 4, "bfloat16": 2 + 2, "int8": 1 + 2}  # bytes a number: of a machine's sum, and of the total
 SIZE, REPEATS = 2_621_440, 5
 
 
-def time_average(rank, args):
+def time_average(rank, args, run):
     """Medians of seconds to average, on one rank of torchrun."""
-    dist.init_process_group("gloo", store=args.store, rank=rank, world_size=args.world_size)
     torch.set_num_threads(1)
     model, update, start = torch.nn.ParameterList([torch.zeros(SIZE)]), torch.randn(SIZE), torch.zeros(SIZE)
 
-    def timed(function):
-        seconds = []
+    def seconds(machine_of_rank, dtype):
+        comm = Communicator(rank, args.world_size, "gloo", machine_of_rank, dtype)
+        residuals, measured = {}, []
         for _ in range(REPEATS):
             dist.barrier()
             begin = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - begin)
-        return statistics.median(seconds)
+            turns = [Update(rank, 1.0, update, residuals)]
+            utils.federated_average(model, args.world_size, start, turns, comm=comm)
+            measured.append(time.perf_counter() - begin)
+        return statistics.median(measured)
 
-    def average(dtype, kept_back):
-        clients = [(rank, 1.0, update)]
-        utils.federated_average(model, args.world_size, start, clients, dtype=dtype, kept_back=kept_back)
-
-    results = {"flat": timed(lambda: average("float32", {}))}
-    utils.set_machines(args.machines)
-    results |= {dtype: timed(lambda dtype=dtype: average(dtype, {})) for dtype in DTYPES}
+    results = {"flat": seconds(None, "float32")}  # as if all ranks were on one machine
+    for dtype in DTYPES:
+        results[dtype] = seconds(run.machine_of_rank, dtype)
     if rank == 0:
         Path(args.output_dir, "times.json").write_text(json.dumps(results))
     dist.barrier()
 
 
-def run(rate, ranks, flags, script="main.py"):
-    """Run two machines; returns the folder's content that is asked for, and what they have sent."""
+def torchrun(both, i, ranks, script, flags):
+    """Start a script under torchrun on machine `i` of two; the agents meet on machine 0."""
+    meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{both.address(0)}:29400", "--rdzv_id", both.tag]
+    meet += ["--rdzv_conf", f"is_host={int(i == 0)}", "--local_addr", both.address(i)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *meet, "--nproc_per_node", ranks]
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return both.start(i, *command, ROOT / script, *flags, env=environment)
+
+
+def run_machines(rate, ranks, flags, script="main.py"):
+    """Run two machines; returns the times or the rounds that they have written, and the bytes that one has sent."""
     from machines import machines
 
     with tempfile.TemporaryDirectory() as folder, machines(2) as both:
-        if rate:
-            both.limit(rate)
-        started = [both.torchrun(i, *flags, "--output_dir", folder, ranks=ranks, script=script) for i in (0, 1)]
+        both.limit(rate)
+        started = [torchrun(both, i, ranks, script, [*flags, "--output_dir", folder]) for i in (0, 1)]
         for process in started:
             output = process.communicate()[0]
             assert process.returncode == 0, output
         times = Path(folder, "times.json")
-        return json.loads(times.read_text()) if times.exists() else utils.read_rounds(folder), both.sent(0)
+        return json.loads(times.read_text()) if times.exists() else runlog.read_rounds(folder), both.sent(0)
 
 
 def compare_averages():
     print("| rate | one all-reduce, s | by machines: float32, s | bfloat16, s | int8, s |")
     print("|---|---|---|---|---|")
     for rate, bits in RATES.items():
-        times, _ = run(rate, 2, [], "tests/benchmarks/network.py")
+        times, _ = run_machines(rate, 2, [], "tests/benchmarks/network.py")
         formula = {"flat": 2 * 3 / 4 * 8, **{dtype: number / 2 for dtype, number in DTYPES.items()}}
         cells = [f"{times[name]:.2f} ({8 * SIZE * formula[name] / bits:.2f})" for name in ("flat", *DTYPES)]
         print(f"| {rate} | {' | '.join(cells)} |", flush=True)
@@ -84,7 +92,7 @@ def time_rounds():
     print("|---|---|---|---|---|---|---|")
     for rate, bits in RATES.items():
         for dtype, number in DTYPES.items():
-            rounds, sent = run(rate, 1, [*flags, "--average_dtype", dtype])
+            rounds, sent = run_machines(rate, 1, [*flags, "--average_dtype", dtype])
             local, average = (
                 statistics.median(entry["seconds"][name] for entry in rounds[:-1]) for name in ("local", "average")
             )
@@ -97,8 +105,6 @@ def time_rounds():
 
 
 if __name__ == "__main__":
-    import os
-
     if "TORCHELASTIC_RUN_ID" in os.environ:
         main.main(target=time_average)
     else:

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import main
-import utils
+
+ALL_QUESTIONS = 10**6
 
 
 def read_bytes():
@@ -25,40 +26,31 @@ def read_bytes():
     return int(line.split()[1])
 
 
-def first_step_rank(questions, rank, args):
-    """Writes down when the first step begins, and how much this rank has read from the disk until then."""
+def first_step_rank(questions, rank, args, run):
+    """Write down when the first step begins, and how much this rank has read from the disk until then."""
     before = read_bytes()
     import federated
+    from fllama import data
 
-    utils.ANSWERED_ROWS = min(utils.ANSWERED_ROWS, questions)
+    data.ANSWERED_ROWS = min(data.ANSWERED_ROWS, questions)
+    original = federated.local_steps
 
-    class TimedRounds(federated.FederatedRounds):
-        def on_step_begin(self, *args, **kwargs):
-            Path(self.args.output_dir, f"first_{rank}.json").write_text(
-                json.dumps([time.time(), read_bytes() - before])
-            )
-            super().on_step_begin(*args, **kwargs)
+    def local_steps(*args_of_steps):
+        note = [time.time(), read_bytes() - before]
+        Path(args.output_dir, f"first_{rank}.json").write_text(json.dumps(note))
+        return original(*args_of_steps)
 
-    federated.FederatedRounds = TimedRounds
-    main.run_rank(rank, args)
+    federated.local_steps = local_steps
+    main.run_rank(rank, args, run)
 
 
-def first_step(world_size, *flags, questions=utils.ANSWERED_ROWS):
+def first_step(world_size, *flags, questions=ALL_QUESTIONS):
     """Return (seconds until the slowest rank begins its first step, bytes that all have read)."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = [
-            "--world_size",
-            str(world_size),
-            "--num_rounds",
-            "1",
-            "--local_steps",
-            "1",
-            "--output_dir",
-            folder,
-            *flags,
-        ]
+        short = f"--world_size {world_size} --num_rounds 1 --local_steps 1 --output_dir {folder}".split()
+        command = [sys.executable, __file__, "run", str(questions), *short, *flags]
         start = time.time()
-        subprocess.run([sys.executable, __file__, "run", str(questions), *flags], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         ranks = [json.loads(Path(folder, f"first_{rank}.json").read_text()) for rank in range(world_size)]
     return max(when for when, _ in ranks) - start, sum(size for _, size in ranks)
 

@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import main
-import utils
+from fllama import launch, options, prepare
 
 PAIRS = 5
 
@@ -32,8 +33,12 @@ def memory(field):
     return int(line.split()[1]) / 1e6
 
 
-def plain_trainer(args, data, folder, **settings):
-    """TRL's trainer as its users build it, on the rows of this rank."""
+# -----------------------------------------------------------------------------
+# plain TRL
+
+
+def plain_trainer(args, run, rows, folder, eval_dataset=None, **settings):
+    """TRL's trainer as its users build it, on `rows`."""
     import torch
     import trl.trainer.utils
     from peft import LoraConfig
@@ -41,21 +46,21 @@ def plain_trainer(args, data, folder, **settings):
     from trl import SFTConfig, SFTTrainer
     from trl.kernels.chunked_logprob import _use_triton
 
-    import federated
+    from fllama.model import lora_parameters
 
-    trl.trainer.utils._use_triton = _use_triton  # as it was before federated.py was imported
-    dtype, device = (torch.bfloat16, "cuda:0") if args.num_gpus else (torch.float32, "cpu")
+    trl.trainer.utils._use_triton = _use_triton  # as it was before fllama/model.py was imported
+    dtype, device = (torch.bfloat16, "cuda:0") if run.num_gpus else (torch.float32, "cpu")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     model = AutoModelForCausalLM.from_pretrained(
-        args.model_path, dtype=dtype, device_map={"": device}, quantization_config=quantization
+        run.model_path, dtype=dtype, device_map={"": device}, quantization_config=quantization
     )
     config = {
-        "use_cpu": not args.num_gpus,
-        "bf16": args.num_gpus > 0,
+        "use_cpu": not run.num_gpus,
+        "bf16": run.num_gpus > 0,
         "optim": args.optim,
-        "gradient_checkpointing": args.num_gpus > 0,
+        "gradient_checkpointing": run.num_gpus > 0,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": "constant",
@@ -66,98 +71,133 @@ def plain_trainer(args, data, folder, **settings):
         "report_to": "none",
         "disable_tqdm": True,
     } | settings
-    eval_dataset = config.pop("eval_dataset", None)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(output_dir=folder, **config),
-        train_dataset=data.train,
+        train_dataset=rows,
         eval_dataset=eval_dataset,
-        processing_class=AutoTokenizer.from_pretrained(args.model_path),
+        processing_class=AutoTokenizer.from_pretrained(run.model_path),
         peft_config=LoraConfig(
-            r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=utils.LORA_TARGETS, task_type="CAUSAL_LM"
+            r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=prepare.LORA_TARGETS, task_type="CAUSAL_LM"
         ),
     )
-    for parameter in federated.lora_parameters(trainer.model) if not args.num_gpus else []:
+    for parameter in lora_parameters(trainer.model) if not run.num_gpus else []:
         parameter.data = parameter.data.float()  # bf16 is slow on the CPU
     return trainer
 
 
-def clock(trainer, times):
-    """Let `trainer` append the time at which each of its steps begins to `times`."""
+def plain_run(args, run, rows, folder, max_steps):
+    """One uninterrupted train(); returns the time at which each step begins."""
     from transformers import TrainerCallback
+
+    times = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             times.append(time.perf_counter())
 
-    trainer.callback_handler.callbacks.insert(0, Clock())  # before the round begins
+    trainer = plain_trainer(args, run, rows, folder, max_steps=max_steps)
+    trainer.add_callback(Clock())
+    trainer.train()
+    return times
 
 
-def federated_run(rank, args, folder):
-    """A whole local_train; returns the time at which each step begins, and the lengths of its rows."""
+def naive_loop(rank, args, run, rows, folder, rounds, **settings):
+    """The loop that everybody writes first, with its collectives; returns the seconds of its rounds."""
+    import torch.distributed as dist
+
+    from fllama.model import lora_parameters
+
+    store = dist.FileStore(f"{folder}_store", args.world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=args.world_size)
+    trainer, seconds = plain_trainer(args, run, rows, folder, max_steps=1, **settings), []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        trainer.train()
+        for parameter in lora_parameters(trainer.model):
+            dist.all_reduce(parameter.data)
+            parameter.data /= args.world_size
+        seconds.append(time.perf_counter() - start)
+    dist.destroy_process_group()
+    return seconds
+
+
+# -----------------------------------------------------------------------------
+# this project
+
+
+def federated_run(rank, args, run, folder):
+    """A whole local_train; returns the time at which each forward pass of its training begins."""
+    import argparse
+
     import trl.trainer.utils
+    from trl import SFTTrainer
 
     import federated
 
-    times, lengths = [], []
-    trl.trainer.utils._use_triton = lambda device: True  # as federated.py has it
+    trl.trainer.utils._use_triton = lambda device: True  # as fllama/model.py has it
+    times, original = [], SFTTrainer.training_step
 
-    class TimedRounds(federated.FederatedRounds):
-        def on_train_begin(self, *args, **kwargs):
-            lengths.extend(self.data.lengths)
-            super().on_train_begin(*args, **kwargs)
-
-        def on_step_begin(self, *args, **kwargs):
-            times.append(time.perf_counter())
-            super().on_step_begin(*args, **kwargs)
-
-    original, federated.FederatedRounds = federated.FederatedRounds, TimedRounds
-    federated.local_train(rank, with_paths(args, folder))
-    federated.FederatedRounds = original
-    return times, lengths
-
-
-def with_paths(args, folder):
-    import argparse
+    def timed_step(*args, **kwargs):
+        times.append(time.perf_counter())
+        return original(*args, **kwargs)
 
     os.makedirs(folder, exist_ok=True)
-    return argparse.Namespace(**vars(args) | {"output_dir": folder, "store_path": f"{folder}_store"})
+    args = argparse.Namespace(**vars(args) | {"output_dir": folder})
+    SFTTrainer.training_step = timed_step
+    federated.local_train(rank, args, replace(run, rendezvous=f"{folder}_store"))
+    SFTTrainer.training_step = original
+    return times
 
 
-def prepare(rank):
-    import report
+def own_rows(rank, args, run):
+    """Return the rows of the one client of this rank, in the order in which it reads them."""
+    from fllama import data
+
+    rows = data.load_client_data(rank, args, run)
+    (client,) = rows.own
+    return rows.sequences.select(rows.own[client][rows.schedules[client]])
+
+
+def begin(rank, args, run):
+    """What every rank of these benchmarks begins with."""
+    launch.isolate_rank(rank, args, run)
     import torch
     import transformers
 
-    for name in main.LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
-    utils.ANSWERED_ROWS, utils.GLOBAL_EVAL_ROWS, utils.CLIENT_EVAL_ROWS = 1, 2, 1  # not what is timed
-    report.plot_losses = lambda folder: None
+    from fllama import data, report
+
+    data.ANSWERED_ROWS, data.GLOBAL_EVAL_ROWS = 1, 2  # not what is timed
+    report.plot_losses = lambda folder, rounds: None
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
 
 
-def speed_rank(kinds, pairs, rank, args):
-    """The kinds in turn; writes [(tokens per second, GB)] of each."""
-    prepare(rank)
-    import federated
+def launch_ranks(flags, target):
+    """Run `target` on every rank, with as few held-out rows as can be: they are not what is timed."""
+    prepare.CLIENT_EVAL_ROWS = 1
+    main.main(flags, target=target)
 
-    data, measured = federated.load_client_data(rank, args), {kind: [] for kind in kinds}
-    per_step = args.per_device_train_batch_size
+
+# -----------------------------------------------------------------------------
+# 1. speed and memory
+
+
+def speed_rank(kinds, pairs, rank, args, run):
+    """The kinds in turn; writes [(tokens per second, GB)] of each."""
+    begin(rank, args, run)
+    rows, measured = own_rows(rank, args, run), {kind: [] for kind in kinds}
+    lengths, per_step = rows["length"][:], args.per_device_train_batch_size
     for pair in range(pairs):
         for kind, results in measured.items():
             gc.collect()
             folder = f"{args.output_dir}/{kind}_{pair}"
             if kind == "plain":
-                times, lengths = [], data.train["length"]
-                trainer = plain_trainer(args, data, folder, max_steps=args.num_rounds)
-                clock(trainer, times)
-                trainer.train()
-                del trainer
+                times = plain_run(args, run, rows, folder, args.num_rounds)
             else:
-                times, lengths = federated_run(rank, args, folder)
+                times = federated_run(rank, args, run, folder)
             tokens = sum(lengths[per_step : (len(times) - 1) * per_step])  # without the first step, and the last
             results.append((tokens / (times[-1] - times[1]), memory("VmHWM")))
     Path(args.output_dir, f"speed_{rank}.json").write_text(json.dumps(measured))
@@ -168,7 +208,7 @@ def speed(smollm2):
         with tempfile.TemporaryDirectory() as folder:
             flags = f"--world_size 2 --num_rounds {rounds} --local_steps 1 --eval_rounds 100 --save_rounds 100"
             flags = [*flags.split(), "--warmup_steps", "0", "--model_name", smollm2, "--output_dir", folder]
-            main.main(flags, target=functools.partial(speed_rank, kinds, pairs))
+            launch_ranks(flags, functools.partial(speed_rank, kinds, pairs))
             return [json.loads(Path(folder, f"speed_{rank}.json").read_text()) for rank in range(2)]
 
     lines = ["| rank | plain, tokens/s | federated, tokens/s | ratio (of pairs: least to most) |", "|---|---|---|---|"]
@@ -184,34 +224,16 @@ def speed(smollm2):
     return lines
 
 
-def naive_loop(rank, args, data, folder, rounds, **settings):
-    """The loop that everybody writes first, with its collectives; returns the seconds of its rounds."""
-    import torch.distributed as dist
-
-    from federated import lora_parameters
-
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}_store", args.world_size), rank=rank,
-                            world_size=args.world_size)  # fmt: skip
-    trainer, seconds = plain_trainer(args, data, folder, max_steps=1, **settings), []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        trainer.train()
-        for parameter in lora_parameters(trainer.model):
-            dist.all_reduce(parameter.data)
-            parameter.data /= args.world_size
-        seconds.append(time.perf_counter() - start)
-    dist.destroy_process_group()
-    return seconds
+# -----------------------------------------------------------------------------
+# 2. rounds without arithmetic
 
 
-def rounds_rank(rank, args):
-    prepare(rank)
-    import federated
-
-    data, measured = federated.load_client_data(rank, args), {"naive": [], "federated": []}
+def rounds_rank(rank, args, run):
+    begin(rank, args, run)
+    rows, measured = own_rows(rank, args, run), {"naive": [], "federated": []}
     for pair in range(PAIRS):
-        measured["naive"] += naive_loop(rank, args, data, f"{args.output_dir}/naive_{pair}", 5)[1:]
-        times, _ = federated_run(rank, args, f"{args.output_dir}/federated_{pair}")
+        measured["naive"] += naive_loop(rank, args, run, rows, f"{args.output_dir}/naive_{pair}", 5)[1:]
+        times = federated_run(rank, args, run, f"{args.output_dir}/federated_{pair}")
         measured["federated"] += [after - before for before, after in zip(times[1:], times[2:])]
     Path(args.output_dir, f"rounds_{rank}.json").write_text(json.dumps(measured))
 
@@ -220,13 +242,13 @@ def make_machinery(folder):
     """A model of 448 LoRA tensors and next to no arithmetic, and rows of 16 tokens."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(main.EMBEDDED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(options.EMBEDDED_MODEL)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=32, num_attention_heads=1
     )
     LlamaForCausalLM(config).save_pretrained(f"{folder}/model")
     tokenizer.save_pretrained(f"{folder}/model")
-    words = Path(main.EMBEDDED_DATA, "train.jsonl").read_text().split()
+    words = Path(options.EMBEDDED_DATA, "train.jsonl").read_text().split()
     rows = ({"prompt": "the site", "completion": " ".join(words[20 * i : 20 * i + 20])} for i in range(200))
     Path(folder, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -239,7 +261,7 @@ def rounds():
             flags = f"--world_size {world_size} --num_rounds 10 --local_steps 1 --eval_rounds 100 --save_rounds 100"
             flags += f" --per_device_train_batch_size 1 --max_length 16 --dataset_path {folder}/rows.jsonl"
             flags += f" --model_name {folder}/model --output_dir {folder}/out --warmup_steps 0 --lora_r 4"
-            main.main(flags.split(), target=rounds_rank)
+            launch_ranks(flags.split(), rounds_rank)
             ranks = [json.loads(Path(folder, "out", f"rounds_{rank}.json").read_text()) for rank in range(world_size)]
         slowest = {kind: [max(values) for values in zip(*(rank[kind] for rank in ranks))] for kind in ranks[0]}
         naive, ours = statistics.median(slowest["naive"]), statistics.median(slowest["federated"])
