@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import utils
-from fllama import checkpoints, data, evaluate, launch, options, publish, report, runlog, selfcheck
+from fllama import checkpoints, data, evaluate, launch, options, publish, report, runlog, selfcheck, terminal
 from fllama.clients import LocalClients
 from fllama.collectives import Communicator, load_vector
 from fllama.model import build_optimizer, build_trainer, load_model, load_tokenizer, lora_parameters, silence_libraries
@@ -134,8 +134,9 @@ def local_train(rank, args, run):
     # the end: answer the questions again, and write down what the run has come to
     stop_request.ignore()  # nothing is left to save
     log.close()
-    answers, scores = evaluate.score_clients(comm, trainer, rows, rows.plan[number - 1].shares[rank], clients)
-    publish.publish(args, run, comm, trainer, rows, server, clients, answers, scores)
+    last_clients = rows.plan[number - 1].shares[rank]
+    results = evaluate.score_clients(args, comm, trainer, rows, last_clients, clients)
+    publish.publish(args, run, comm, trainer, rows, server, clients, *results)
     comm.meet()  # nobody leaves before it is there
     dist.destroy_process_group()
     if ended:
@@ -149,6 +150,7 @@ def local_train(rank, args, run):
 def join_ranks(rank, args, run):
     """Join the other ranks; returns the Communicator. torchrun's ranks have met before."""
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # a line is to be seen when its round ends
+    terminal.forgive_readers()
     silence_libraries()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # whatever the number of ranks: with more threads, sums are rounded otherwise

@@ -9,6 +9,9 @@ This file has the flags and the order of a run; `federated.local_train` is what 
 
 import os
 
+from fllama import terminal
+
+terminal.open_missing_streams()  # before anything opens a file
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # before anything of Hugging Face is imported
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else loading a local file calls s3.amazonaws.com
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,14 +31,14 @@ import datasets
 import torch
 
 import utils
-from fllama import checkpoints, compare, estimate, launch, machines, options, prepare, report, use
-from fllama.options import fraction, not_negative, not_negative_int, positive, seed
+from fllama import checkpoints, compare, estimate, launch, machines, options, prepare, report, sources, use
+from fllama.options import columns, fraction, not_negative, not_negative_int, positive, seed
 
 SCHEDULES = ["cosine", "linear", "constant", "constant_with_warmup"]
 OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
 DTYPES, ATTENTIONS = ["auto", "bfloat16", "float16", "float32"], ["sdpa", "flash_attention_2", "eager"]
 AVERAGE_DTYPES = ["float32", "bfloat16", "int8"]
-PARTITIONS = ["iid", "dirichlet", "column", "quantity"]
+PARTITIONS = ["iid", "dirichlet", "column", "quantity", "folder", "file"]
 TRACKERS = ["none", "tensorboard", "wandb", "trackio", "mlflow"]
 
 # -----------------------------------------------------------------------------
@@ -90,7 +93,13 @@ def parse_args(argv=None):
     )
     add("--max_length", type=positive(int), default=1024, help="tokens of a row; longer rows are cut at the end")
     add("--packing", action="store_true", help="pack a client's rows into sequences of max_length tokens")
-    add("--partition", choices=PARTITIONS, default="iid", help="how the rows are dealt out to the clients")
+    add("--columns", type=columns, default={}, help="question=Frage,answer=Antwort: the columns of other forms of rows")
+    add("--dataset_config", help="which of several data sets in one repository")
+    add("--dataset_train_split", help="name of the split to train on (default: train)")
+    add("--dataset_test_split", help="name of the held-out split (default: validation, or test)")
+    add("--learn", choices=["all", "last"], default="all", help="of a chat: all answers of the assistant, or the last")
+    add("--show_rows", type=not_negative_int, default=0, help="training rows to show as the model sees them")
+    add("--partition", choices=PARTITIONS, help="who gets which rows (default: iid, or as the data set names clients)")
     add("--partition_column", help="of dirichlet and column: whose values tell clients apart (default: label)")
     add("--dirichlet_alpha", type=positive(float), default=0.5, help="the smaller, the less alike the clients")
 
@@ -119,6 +128,7 @@ def parse_args(argv=None):
     add("--timeout", type=positive(float), default=30, help="minutes that a rank waits for the others")
     add("--backend", choices=["nccl", "gloo"], help="(default: nccl with a GPU for every rank, otherwise gloo)")
     add("--quiet", action="store_true", help="say only what the run has come to")
+    add("--max_new_tokens", type=positive(int), help="of an answer (default: the longest accepted one, up to 256)")
     add("--generate_samples", type=not_negative_int, default=0, help="held-out questions to show, with all answers")
 
     add = parser.add_argument_group("comparing").add_argument
@@ -134,6 +144,7 @@ def parse_args(argv=None):
 
     parser.error = options.fail
     args = parser.parse_args(argv)
+    args.partition = args.partition or sources.default_partition(options.absolute(args.dataset_path))
     options.complete(args, torch.cuda.device_count())
     return args
 
@@ -188,8 +199,9 @@ def prepared_run(args, command):
     A context manager that gives a Run, or None if the run in output_dir is finished.
     """
     num_gpus, versions = torch.cuda.device_count(), prepare.find_versions()
-    rows, held_out = prepare.find_rows(args, num_gpus)
-    config = checkpoints.make_config(args, num_gpus=num_gpus, versions=versions)
+    source, form = prepare.find_rows(args, num_gpus)
+    started = checkpoints.start_of_run(args)
+    config = checkpoints.make_config(args, num_gpus=num_gpus, versions=versions, started=started.isoformat())
     checkpoint = checkpoints.find_checkpoint(args, config)
     model_path, model_config, tokenizer = prepare.find_model(args)
     if args.push_to_hub:
@@ -201,7 +213,9 @@ def prepared_run(args, command):
     for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:
-        partition, data_digest = prepare.prepare_data(args, rows, held_out, tokenizer, folder)
+        partition, data_digest = prepare.prepare_data(
+            args, source, form, tokenizer, model_config.vocab_size, folder, started
+        )
         prepare.check_space(args, model_config)
         checkpoints.open_output_dir(args, checkpoint, config | {"data_digest": data_digest}, partition)
         if not args.quiet:
@@ -233,6 +247,8 @@ def prepare_process(argv):
     """Make the terminal safe to write to; returns the flags, which are taken out of sys.argv: one may be the token."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # of names and labels, whatever the locale
+    terminal.forgive_readers()
+    terminal.shorten_temporary_folder()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it reports of a broken file is in our one line
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

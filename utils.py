@@ -264,26 +264,31 @@ def has_system_role(tokenizer):
         return False
 
 
-def convert_squad_sample_to_llama_conversation(sample, tokenizer):
+def convert_squad_sample_to_llama_conversation(sample, tokenizer=None):
     """Turn one SQuAD row into a conversation whose completion, the answer, is all that the loss sees.
 
-    `sample` has `context`, `question` and `answers`, which is `{"text": [...]}` or a list of `{"text": ...}`; an empty
-    list means that the context does not hold the answer. Returns TRL's conversational prompt-completion format:
-    `{"prompt": [system, user], "completion": [assistant]}`, or a prompt of one user turn if the chat template of
-    `tokenizer` knows no system role.
+    `sample` has `context`, `question` and `answers`, which is `{"text": [...]}`; an empty list means that the context
+    does not hold the answer. Returns TRL's conversational prompt-completion format: `{"prompt": [system, user],
+    "completion": [assistant]}`; a prompt of one user turn if the chat template of `tokenizer` knows no system role.
     """
     system = f"{INSTRUCTION}\n\n{sample['context']}"
     prompt = [{"role": "system", "content": system}, {"role": "user", "content": sample["question"]}]
-    if not has_system_role(tokenizer):
-        prompt = [{"role": "user", "content": f"{system}\n\n{sample['question']}"}]
+    if tokenizer is not None and not has_system_role(tokenizer):
+        prompt = fold_system(prompt)
     return {"prompt": prompt, "completion": [{"role": "assistant", "content": list_answers(sample)[0]}]}
+
+
+def fold_system(messages):
+    """Return messages with the system message in front of the first user message."""
+    system, *rest = messages
+    if rest and rest[0]["role"] == "user":
+        return [rest[0] | {"content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+    return [{"role": "user", "content": system["content"]}, *rest]
 
 
 def list_answers(sample):
     """Return every accepted answer of a SQuAD row, at least one."""
-    answers = sample["answers"]
-    texts = answers["text"] if isinstance(answers, dict) else [answer["text"] for answer in answers]
-    return list(texts) or [UNANSWERABLE]
+    return list(sample["answers"]["text"]) or [UNANSWERABLE]
 
 
 # -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The output folder of a run, its checkpoints, and going on from one."""
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import json
@@ -24,7 +25,8 @@ FINISHED = "finished"  # instead of a checkpoint to go on from
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
 loss.png runs samples.json merged_model summary.json partition.json config.json""".split()  # what --overwrite removes
 # flags that may change when a run is resumed, and flags that config.json does not hold
-NOT_MATHEMATICS = "output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions world_size"
+NOT_MATHEMATICS = """output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions world_size
+started show_rows max_new_tokens"""
 NOT_IN_CONFIG = "hf_token overwrite resume dry_run compare repeats ask context merge push_to_hub quiet"
 
 
@@ -114,6 +116,14 @@ def read_config(folder):
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         fail(f"--resume: {folder}/config.json, the flags of the run, cannot be read; --overwrite starts anew")
+
+
+def start_of_run(args):
+    """Return when the run began (datetime): the day that chat templates see, also after --resume."""
+    now = datetime.datetime.now().replace(microsecond=0)
+    if not args.resume:
+        return now
+    return datetime.datetime.fromisoformat(read_config(Path(args.output_dir)).get("started", now.isoformat()))
 
 
 def make_config(args, **more):

@@ -36,7 +36,7 @@ class Turn:
     digest: str | None = None  # of its adapter before the averaging
     rows_read: list | None = None  # for the self-check: the numbers of the rows, and a digest of their tokens
     tokens_digest: str | None = None
-    eval_loss: tuple | None = None  # (sum in nats, tokens) on its own held-out rows
+    eval_loss: tuple | None = None  # evaluate.Loss on its own held-out rows
     global_eval_loss: tuple | None = None  # the same of its own model on the global held-out rows
 
     def report(self):

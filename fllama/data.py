@@ -57,7 +57,8 @@ class ClientData:
 
     def questions(self):
         """Return the held-out questions that are answered before and after training."""
-        return self.global_held_out.select(range(min(ANSWERED_ROWS, len(self.global_held_out))))
+        questions = answerable(self.global_held_out)
+        return questions.select(range(min(ANSWERED_ROWS, len(questions))))
 
     def last_played_here(self, rounds_done):
         """Return the clients whose last turn in the first `rounds_done` rounds was on this rank."""
@@ -66,6 +67,11 @@ class ClientData:
             for rank, share in enumerate(played.shares):
                 rank_of_client |= dict.fromkeys(share, rank)
         return [client for client, rank in rank_of_client.items() if rank == self.rank]
+
+
+def answerable(rows):
+    """Return the rows that ask something: all but plain texts."""
+    return rows.select([number for number, length in enumerate(rows["prompt_length"]) if length > 0])
 
 
 def share_of(rows, rank, world_size):

@@ -1,5 +1,7 @@
 """--dry_run: what a run will need, from sizes alone; no weights are loaded, nothing is trained or written."""
 
+import datetime
+
 import numpy as np
 import torch
 
@@ -14,15 +16,16 @@ LOGITS_TILE = 32768  # logits of each answer token that TRL holds at a time, in 
 
 def dry_run(args, num_gpus):
     """Print what the run would need."""
-    rows, held_out = prepare.find_rows(args, num_gpus)
+    source, form = prepare.find_rows(args, num_gpus)
+    rows, held_out = source.train, source.held_out
     _, config, tokenizer = prepare.find_model(args, weights=False)
-    prepare.check_template(args, tokenizer, rows)
+    prepare.check_template(args, tokenizer, form)
     if not all(hasattr(config, name) for name in ("intermediate_size", "num_key_value_heads")):
         fail(f"--model_name {args.model_name} is not built as LLaMA is")
     size = min(SAMPLED_ROWS, len(rows))
     sample = rows.select(np.random.default_rng(args.seed).choice(len(rows), size, replace=False))
-    sample = prepare.tokenize(args, sample, tokenizer, keep_in_memory=True)
-    sample = sample.filter(lambda row: row["answer_length"] > 0, keep_in_memory=True)
+    sample = prepare.tokenize(args, sample, form, tokenizer, datetime.datetime.now(), keep_in_memory=True)
+    sample = sample.select([number for number, length in enumerate(sample["answer_length"]) if length > 0])
     if not len(sample):
         fail(f"--dataset_path {args.dataset_path}: no row that was looked at has an answer within --max_length")
     num_held_out = len(held_out) if held_out else len(rows) // (args.num_clients + 1)

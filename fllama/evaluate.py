@@ -1,75 +1,213 @@
-"""Scores of a model: held-out loss, answers, exact match and F1."""
+"""Scores of a model: held-out loss, answers, exact match and F1; ROUGE-L and token accuracy for long answers."""
+
+import collections
+import re
+import statistics
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torchmetrics.functional.text.rouge import rouge_score
 from torchmetrics.text import SQuAD
 from transformers import GenerationConfig
 
 from fllama import data as client_data
+from fllama.formats import end_of_turn
 
-MAX_NEW_TOKENS = 32  # of an answer
+LONGEST_ANSWER = 256  # tokens, unless --max_new_tokens says otherwise
+LONG_ANSWERS = 32  # tokens: where the median accepted answer is longer, exact match says little
+THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+ARTICLES = {"a", "an", "the"}
+
+
+class Loss(NamedTuple):
+    """The loss on the learned tokens of some rows."""
+
+    nats: float  # the sum
+    tokens: int
+    correct: int  # tokens that were the most likely ones, given those before
+
+    def mean(self):
+        """Return the loss in nats per token."""
+        return self.nats / self.tokens
+
+
+def add_losses(losses):
+    return Loss(*(sum(values) for values in zip(*losses)))
 
 
 @torch.no_grad()
 def evaluate(trainer, rows):
-    """Return (loss, tokens) over the answer tokens of `rows`: the sum of the loss in nats, and their number."""
+    """Return the Loss of `rows`."""
     trainer.model.eval()
-    loss, tokens = 0.0, 0
+    nats, tokens, correct = 0.0, 0, 0
     longest_first = np.argsort(rows["length"], kind="stable")[::-1]  # next to others as long: less padding
     rows = rows.select(longest_first).select_columns(["input_ids", "labels"])
     batches = DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
     for batch in batches:
         batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
-        tokens += (batch["labels"][:, 1:] != -100).sum().item()
         with trainer.compute_loss_context_manager():
-            # the sum over the tokens, divided by 1
-            loss += trainer.compute_loss(trainer.model, batch, num_items_in_batch=1).item()
-    return loss, tokens
+            outputs = trainer.model(**batch, use_cache=False, fused_lm_head=True)  # TRL's: log-probabilities of labels
+        nats -= outputs.log_probs.sum().item()
+        tokens += outputs.label_mask.sum().item()
+        correct += outputs.is_top1.sum().item()
+    return Loss(nats, tokens, correct)
+
+
+# -----------------------------------------------------------------------------
+# answers
+
+
+class Answered(NamedTuple):
+    """A model's answer to a held-out question."""
+
+    text: str
+    accepted: list
+    cut: bool  # it was longer than the limit
+
+
+def stop_tokens(model, tokenizer):
+    """Return the tokens at which an answer ends: those that end the template's turns, or that the config names."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, end_of_turn(tokenizer), *configured} - {None})
+
+
+def answer_limit(args, tokenizer, questions):
+    """Return how many tokens an answer may have: as the longest accepted one, up to LONGEST_ANSWER, or as told."""
+    if args.max_new_tokens:
+        return args.max_new_tokens
+    return min(LONGEST_ANSWER, max(accepted_lengths(tokenizer, questions), default=1) + 2)  # a space, an end of turn
+
+
+def accepted_lengths(tokenizer, questions):
+    """Return the tokens of every accepted answer."""
+    lengths = []
+    for accepted in questions["references"]:
+        lengths += [len(ids) for ids in tokenizer(list(accepted), add_special_tokens=False)["input_ids"]]
+    return lengths
 
 
 @torch.no_grad()
-def answer(model, tokenizer, rows, batch_size, max_new_tokens=MAX_NEW_TOKENS):
-    """Return (answer, accepted answers) to each of `rows`, decoded greedily."""
+def answer(model, tokenizer, rows, batch_size, max_new_tokens):
+    """Return what the model Answered to each of `rows`, decoded greedily; what it thinks before is left out."""
     model.eval()
-    stop = model.generation_config.eos_token_id
-    stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
+    ends = stop_tokens(model, tokenizer)
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=sorted(stop),
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
-    texts = []
+    answers = []
     for batch in rows.iter(batch_size):
-        prompts = [ids[: labels.count(-100)] for ids, labels in zip(batch["input_ids"], batch["labels"])]
+        prompts = [ids[:length] for ids, length in zip(batch["input_ids"], batch["prompt_length"])]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-        tokens = model.generate(**inputs, generation_config=greedy)
-        answers = tokens[:, inputs["input_ids"].shape[1] :]
-        texts += tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [(text.strip(), accepted) for text, accepted in zip(texts, rows["references"])]
+        tokens = model.generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
+        for ids, accepted in zip(tokens.tolist(), batch["references"]):
+            cut = not set(ids) & set(ends)
+            text = THINKING.sub("", tokenizer.decode(ids, skip_special_tokens=True))
+            answers.append(Answered(text.strip(), accepted, cut))
+    return answers
+
+
+# -----------------------------------------------------------------------------
+# scores of answers
 
 
 def score(answers):
-    """Return exact match and F1 (SQuAD v1, percent) of (answer, accepted answers) pairs."""
-    metric = SQuAD(sync_on_compute=False)  # this rank has all of them
-    for number, (text, accepted) in enumerate(answers):
-        prediction = {"prediction_text": text, "id": str(number)}
-        target = {"answers": {"text": accepted, "answer_start": [0] * len(accepted)}, "id": str(number)}
-        metric.update([prediction], [target])
-    return {name: round(value.item(), 2) for name, value in metric.compute().items()}
+    """Return the scores of answers, in percent: exact match, F1, ROUGE-L, and both of SQuAD's own script.
+
+    Exact match and F1 are SQuAD's (Rajpurkar et al. 2016, arXiv:1606.05250) for words: without case, punctuation and
+    articles. Unlike in its script, numbers, signs and single letters count as they are: 1.5 is not 15, -5 is not 5, +
+    is not -, and an answer that is nothing but an article or a sign is not empty. Of an accepted answer with ####
+    (GSM8K, Cobbe et al. 2021, arXiv:2110.14168), what follows is compared. ROUGE-L: Lin 2004, by torchmetrics.
+    """
+    if not answers:
+        return {"exact_match": None, "f1": None, "rouge_l": None, "squad_exact_match": None, "squad_f1": None, "cut": 0}
+    exact, f1, rouge = [], [], []
+    squad = SQuAD(sync_on_compute=False)  # this rank has all of them
+    for number, each in enumerate(answers):
+        pairs = [final_parts(each.text, accepted) for accepted in each.accepted]
+        exact.append(max(float(normalize(text) == normalize(accepted)) for text, accepted in pairs))
+        f1.append(max(word_f1(normalize(text), normalize(accepted)) for text, accepted in pairs))
+        rouge.append(max(rouge_l(each.text, accepted) for accepted in each.accepted))
+        target = {"answers": {"text": list(each.accepted), "answer_start": [0] * len(each.accepted)}, "id": str(number)}
+        squad.update([{"prediction_text": each.text, "id": str(number)}], [target])
+    by_squad = squad.compute()
+    return {
+        "exact_match": percent(exact),
+        "f1": percent(f1),
+        "rouge_l": percent(rouge),
+        "squad_exact_match": round(by_squad["exact_match"].item(), 2),
+        "squad_f1": round(by_squad["f1"].item(), 2),
+        "cut": sum(each.cut for each in answers),
+    }
+
+
+def percent(values):
+    return round(100 * sum(values) / len(values), 2)
+
+
+def final_parts(text, accepted):
+    """Return both texts, or what follows #### in both if the accepted one has it."""
+    if "####" not in accepted:
+        return text, accepted
+    return text.rsplit("####", 1)[-1], accepted.rsplit("####", 1)[-1]
+
+
+def normalize(text):
+    """Return the words of a text as they are compared, see `score`."""
+    words = []
+    for word in text.lower().split():
+        if any(character.isdigit() for character in word):
+            words.append(word.strip("\"'()[]{}").rstrip(".,;:!?"))
+        else:
+            letters = "".join(character for character in word if character.isalnum())
+            if letters not in ARTICLES | {""}:
+                words.append(letters)
+    return words or text.lower().split()
+
+
+def word_f1(words, accepted):
+    """Return the harmonic mean of precision and recall over words."""
+    common = sum((collections.Counter(words) & collections.Counter(accepted)).values())
+    if not common:
+        return float(words == accepted)
+    return 2 * common / (len(words) + len(accepted))
+
+
+def rouge_l(text, accepted):
+    return rouge_score(text, accepted, rouge_keys="rougeL")["rougeL_fmeasure"].item()
+
+
+# -----------------------------------------------------------------------------
+# of a round, and of a run
 
 
 def score_before(args, comm, trainer, rows):
-    """Return exact match, F1 and samples of the answers before training; all ranks participate."""
-    answers = answer_together(comm, trainer, rows.questions())
-    return score(answers) | {"samples": [text for text, _ in answers[: args.generate_samples]]}
+    """Return the scores before training, and samples of the answers; all ranks participate."""
+    answers = answer_together(args, comm, trainer, rows.questions())
+    losses = comm.meet(evaluate(trainer, rows.global_share()))
+    scores = score(answers) | describe_loss(add_losses(losses))
+    return scores | {"samples": [each.text for each in answers[: args.generate_samples]]}
 
 
-def answer_together(comm, trainer, questions):
+def describe_loss(loss):
+    """Return perplexity, and token accuracy in percent."""
+    return {
+        "perplexity": round(float(np.exp(min(loss.mean(), 700))), 4),
+        "token_accuracy": round(100 * loss.correct / loss.tokens, 2),
+    }
+
+
+def answer_together(args, comm, trainer, questions):
     """Return the answers of the one model that all ranks have; they share the questions out."""
+    tokenizer = trainer.processing_class
     own = client_data.share_of(questions, comm.rank, comm.world_size)
-    own_answers = answer(trainer.model, trainer.processing_class, own, trainer.args.per_device_eval_batch_size)
+    limit = answer_limit(args, tokenizer, questions)
+    own_answers = answer(trainer.model, tokenizer, own, trainer.args.per_device_eval_batch_size, limit)
     answers = [None] * len(questions)
     for rank, part in enumerate(comm.meet(own_answers)):
         answers[rank :: comm.world_size] = part
@@ -77,10 +215,10 @@ def answer_together(comm, trainer, questions):
 
 
 def evaluate_round(trainer, rows, turns, clients):
-    """Evaluate after a round; returns this rank's (loss, tokens) of the global held-out rows.
+    """Evaluate after a round; returns the Loss on this rank's share of the global held-out rows.
 
-    Each turn gets the loss on its client's own held-out rows. All ranks have one model and share the global rows out.
-    If clients have models of their own, each turn also gets the loss of its client's on all global rows, and None is
+    Each turn gets the Loss on its client's own held-out rows. All ranks have one model and share the global rows out.
+    If clients have models of their own, each turn also gets the Loss of its client's on all global rows, and None is
     returned.
     """
     global_loss = None if clients.private else evaluate(trainer, rows.global_share())
@@ -92,29 +230,44 @@ def evaluate_round(trainer, rows, turns, clients):
     return global_loss
 
 
-def score_clients(comm, trainer, rows, own_clients, clients):
-    """Return (answers to the global questions, scores of the clients of the last round); all ranks participate.
+def score_clients(args, comm, trainer, rows, own_clients, clients):
+    """Return (answers, Loss or None, scores of clients) after the last round; all ranks participate.
 
-    `own_clients` are those of this rank. Each is scored on its own held-out rows: loss (nats per answer token), exact
-    match and F1 (percent); if clients have models of their own, under "global" also on the global questions, and the
-    answers are those of the first one. With --centralized, the one client is scored on the held-out rows of what would
-    be the clients of the last round.
+    The answers are those to the global questions, the Loss that on the global rows. `own_clients` are those of this
+    rank. Each is scored on its own held-out rows: loss (nats per answer token) and the scores of its answers. If
+    clients have models of their own, each is scored on the global rows, too, under "global", and the answers are those
+    of the first one. With --centralized, the one client is scored on the held-out rows of what would be the clients of
+    the last round.
     """
     model, tokenizer, batch_size = trainer.model, trainer.processing_class, trainer.args.per_device_eval_batch_size
-    questions = rows.questions()
-    answers = None if clients.private else answer_together(comm, trainer, questions)
-    scores = []
+    questions, scores = rows.questions(), []
+    limit = answer_limit(args, tokenizer, questions)
+    answers = global_loss = None
+    if not clients.private:
+        answers = answer_together(args, comm, trainer, questions)
+        global_loss = add_losses(comm.meet(evaluate(trainer, rows.global_share())))
     for client in own_clients:
         on_all = {}
         if clients.private:
             clients.load_own_model(client)
-            own_answers = answer(model, tokenizer, questions, batch_size)
+            own_answers = answer(model, tokenizer, questions, batch_size, limit)
             answers = answers or own_answers
-            on_all = {"global": score(own_answers)}
+            on_all = {"global": score(own_answers) | describe_loss(evaluate(trainer, rows.global_held_out))}
         for part in rows.own_parts(client):
             held_out = rows.rows.select(rows.held_out[part])
-            loss, tokens = evaluate(trainer, held_out)
-            own_scores = score(answer(model, tokenizer, held_out, batch_size))
-            scores.append({"client": part, "eval_loss": loss / tokens} | own_scores | on_all)
+            loss = evaluate(trainer, held_out)
+            asked = client_data.answerable(held_out)
+            own_scores = score(answer(model, tokenizer, asked, batch_size, answer_limit(args, tokenizer, asked)))
+            scores.append({"client": part, "eval_loss": loss.mean()} | own_scores | describe_loss(loss) | on_all)
     scores = [each for part in comm.meet(scores) for each in part]
-    return answers, sorted(scores, key=lambda each: each["client"])
+    return answers, global_loss, sorted(scores, key=lambda each: each["client"])
+
+
+def headline(tokenizer, questions):
+    """Return the names of the scores that say most: exact match and F1, or for long answers others."""
+    lengths = accepted_lengths(tokenizer, questions)
+    if not lengths:
+        return ["perplexity", "token_accuracy"]
+    if statistics.median(lengths) > LONG_ANSWERS:
+        return ["token_accuracy", "rouge_l", "perplexity"]
+    return ["exact_match", "f1"]

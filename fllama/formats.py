@@ -1,4 +1,8 @@
-"""The forms that rows come in, each turned into a prompt and a completion, and those into tokens."""
+"""The forms that rows come in, each turned into a conversation, and conversations into tokens that carry loss."""
+
+import functools
+import json
+from typing import NamedTuple
 
 import datasets
 from datasets import List, Value
@@ -6,147 +10,369 @@ from jinja2 import TemplateError
 
 import utils
 
-# a form: its columns, and what it is called
-FORMS = {
-    "SQuAD": ("context", "question", "answers"),
-    "chat": ("messages",),
-    "texts or messages": ("prompt", "completion"),
-}
 TOKENIZED = datasets.Features(
     input_ids=List(Value("int64")),
     labels=List(Value("int64")),  # -100 where there is no loss
     length=Value("int64"),
-    answer_length=Value("int64"),
+    answer_length=Value("int64"),  # tokens that carry loss
+    prompt_length=Value("int64"),  # tokens before the last answer, which is the one that is asked for in the evaluation
     truncated=Value("bool"),
     question=Value("string"),
-    references=List(Value("string")),
+    references=List(Value("string")),  # the accepted answers
     problem=Value("string"),
 )
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
-def is_readable(columns):
-    """Whether rows with these columns have one of the forms."""
-    return any(set(form) <= set(columns) for form in FORMS.values())
+class BadRow(Exception):
+    """Says why a row cannot be used."""
 
 
-def describe_forms():
-    return ", or ".join(f"{', '.join(columns)} ({name})" for name, columns in FORMS.items())
+class Conversation(NamedTuple):
+    """What a row comes to: messages for the chat template, or a text as it is, of which the end is learned."""
+
+    messages: list | None = None  # with role and content; the assistant's are learned
+    references: list | None = None  # accepted answers, if there are more than the last message
+    tools: list | None = None  # handed to the template
+    prompt: str | None = None  # without a template: no loss on it
+    text: str | None = None  # without a template: learned
 
 
 # -----------------------------------------------------------------------------
-# what is wrong with a row
+# forms: a function row -> Conversation each
 
 
-def find_problem(row):
-    """Return what is wrong with a row of one of the FORMS, "" if nothing is."""
-    if "messages" in row:
-        if not are_messages(row["messages"]):
-            return "messages is not a list of messages with role and content"
-        return "" if is_text(row["messages"][-1]["content"]) else "the last message is empty"
-    if "context" in row and "answers" in row:
-        return find_squad_problem(row)
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if not isinstance(prompt, str) and not are_messages(prompt):
-        return "prompt is neither a text nor a list of messages"
-    if not is_text(completion) and not (are_messages(completion) and is_text(completion[-1]["content"])):
-        return "completion is neither a text nor a list of messages, or empty"
-    if type(prompt) is not type(completion):
-        return "prompt and completion are of two kinds"
-    return ""
+def read_squad(row):
+    """SQuAD rows; Rajpurkar et al. 2016 (arXiv:1606.05250), with unanswerable questions 2018 (arXiv:1806.03822)."""
+    sample = {
+        "context": text_of(row, "context", may_be_empty=True),
+        "question": text_of(row, "question"),
+        "answers": {"text": list_answers(row["answers"])},
+    }
+    asked = utils.convert_squad_sample_to_llama_conversation(sample)
+    return Conversation(asked["prompt"] + asked["completion"], references=utils.list_answers(sample))
 
 
-def find_squad_problem(row):
-    if not isinstance(row["context"], str):
-        return "context is not a text"
-    if not is_text(row.get("question")):
-        return "question is not a text, or empty"
-    try:
-        answers = utils.list_answers(row)
-    except (TypeError, KeyError, IndexError):
-        return "answers has no list of texts"
-    return "" if all(map(is_text, answers)) else "an answer is not a text, or empty"
+def list_answers(answers):
+    """Return the accepted answers in any of the shapes that data sets have; [] if the question is unanswerable."""
+    answers = parsed(answers)
+    if isinstance(answers, dict):
+        answers = answers.get("text", [])
+    if answers is None:
+        return []
+    if not isinstance(answers, list):
+        answers = [answers]
+    texts = []
+    for answer in answers:
+        answer = answer.get("text") if isinstance(answer, dict) else answer
+        if not isinstance(answer, str) or not answer.strip():
+            raise BadRow("an answer is not a text, or empty")
+        texts.append(answer)
+    return texts
 
 
-def is_text(value):
-    return isinstance(value, str) and bool(value.strip())
+def read_context_answer(row):
+    """A question about a context with one answer; asked as SQuAD's."""
+    sample = {
+        "context": text_of(row, "context", may_be_empty=True),
+        "question": text_of(row, "question"),
+        "answers": {"text": [text_of(row, "answer")]},
+    }
+    asked = utils.convert_squad_sample_to_llama_conversation(sample)
+    return Conversation(asked["prompt"] + asked["completion"])
 
 
-def are_messages(value):
-    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+def read_chat(row):
+    """`messages` (OpenAI, TRL) or `conversations` (ShareGPT): a list, or the same as JSON text."""
+    name = "messages" if row.get("messages") is not None else "conversations"
+    messages = [read_message(message, name) for message in parsed_list(row.get(name), name)]
+    while messages and messages[-1]["role"] != "assistant":  # a user's last words: nobody has answered them
+        messages.pop()
+    if not messages:
+        raise BadRow(f"{name} has no message of the assistant")
+    if not (messages[-1].get("content") or "").strip() and not messages[-1].get("tool_calls"):
+        raise BadRow("the last message of the assistant is empty")
+    tools = parsed(row.get("tools"))
+    return Conversation(messages, tools=tools or None)
 
 
-def is_message(value):
-    """Whether this is a message; one that calls a tool has no content."""
-    return isinstance(value, dict) and is_text(value.get("role")) and isinstance(value.get("content") or "", str)
+def read_message(message, name):
+    """Return a message with role and content, from role/content or from/value."""
+    if not isinstance(message, dict):
+        raise BadRow(f"{name} is not a list of messages with role and content")
+    role = message.get("role") or message.get("from")
+    content = message.get("content") if "content" in message else message.get("value")
+    if not isinstance(role, str) or not role.strip():
+        raise BadRow(f"{name} is not a list of messages with role and content")
+    if isinstance(content, list):  # parts of type text
+        content = "".join(text_of_part(part) for part in content)
+    if content is not None and not isinstance(content, str):
+        raise BadRow("the content of a message is not a text")
+    kept = {"role": ROLES.get(role.strip().lower(), role.strip().lower()), "content": content or ""}
+    for extra in ("tool_calls", "tool_call_id", "name"):
+        if message.get(extra) is not None:
+            kept[extra] = message[extra]
+    return kept
+
+
+def text_of_part(part):
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+        return part["text"]
+    raise BadRow("a message has a part that is not a text")
+
+
+def read_alpaca(row):
+    """Instruction, perhaps with an input: Alpaca (Taori et al. 2023), medical flashcards, CodeAlpaca, FinGPT."""
+    instruction, more = text_of(row, "instruction"), row.get("input")
+    answer = text_of(row, "output" if row.get("output") is not None else "response")
+    return question_and_answer(join_texts(instruction, more, "input"), answer)
+
+
+def read_dolly(row):
+    """Instruction, context (may be empty) and response: Dolly 15k (Databricks 2023)."""
+    return question_and_answer(
+        join_texts(text_of(row, "instruction"), row.get("context"), "context"), text_of(row, "response")
+    )
+
+
+def read_pair(question, answer):
+    """Return the reader of rows with a column for the question and one for the answer."""
+
+    def read(row):
+        return question_and_answer(text_of(row, question), text_of(row, answer))
+
+    return read
+
+
+def read_prompt_completion(row):
+    """TRL's prompt and completion: two texts, as they are, or two lists of messages."""
+    prompt, completion = parsed_messages(row.get("prompt")), parsed_messages(row.get("completion"))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            raise BadRow("completion is empty")
+        return Conversation(prompt=prompt, text=completion)
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise BadRow("prompt and completion are neither two texts nor two lists of messages")
+    return read_chat({"messages": prompt + completion})
+
+
+def read_text(row):
+    """Plain text: the loss is on all of it."""
+    return Conversation(prompt="", text=text_of(row, "text"))
+
+
+def question_and_answer(question, answer):
+    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+
+
+class Form(NamedTuple):
+    name: str
+    columns: tuple  # that rows must have; alternatives are separated by |
+    read: object  # row -> Conversation
+    optional: tuple = ()  # columns that are read if they are there
+
+
+FORMS = [  # the first that fits the columns of the data set
+    Form("chat", ("messages",), read_chat, ("tools",)),
+    Form("chat", ("conversations",), read_chat, ("tools",)),
+    Form("SQuAD", ("context", "question", "answers"), read_squad),
+    Form("context and answer", ("context", "question", "answer"), read_context_answer),
+    Form("Dolly", ("instruction", "context", "response"), read_dolly),
+    Form("alpaca", ("instruction", "output"), read_alpaca, ("input",)),
+    Form("alpaca", ("instruction", "response"), read_alpaca, ("input",)),
+    Form("question and answer", ("question", "answer"), read_pair("question", "answer")),
+    Form("question and answer", ("problem", "solution"), read_pair("problem", "solution")),
+    Form("question and answer", ("query", "response"), read_pair("query", "response")),
+    Form("prompt and completion", ("prompt", "completion"), read_prompt_completion),
+    Form("question and answer", ("prompt", "response"), read_pair("prompt", "response")),
+    Form("question and answer", ("input", "output"), read_pair("input", "output")),
+    Form("text", ("text",), read_text),
+]
+PREFERENCES = {"chosen", "rejected"}  # columns of preference data
+
+
+def find_form(columns):
+    """Return the first of FORMS that rows with these columns have, None if there is none."""
+    for form in FORMS:
+        if set(form.columns) <= set(columns):
+            return form
+    return None
+
+
+def describe_forms():
+    return ", or ".join(dict.fromkeys(f"{', '.join(form.columns)} ({form.name})" for form in FORMS))
+
+
+# -----------------------------------------------------------------------------
+# pieces of rows
+
+
+def parsed(value):
+    """Return a value, parsed if it is a JSON text of a list or an object."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def parsed_list(value, name):
+    value = parsed(value)
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{name} is not a list of messages with role and content")
+    return value
+
+
+def parsed_messages(value):
+    """Return a list of messages that comes as JSON text; a text that is none stays a text."""
+    found = parsed(value)
+    return found if isinstance(found, list) and found and isinstance(found[0], dict) else value
+
+
+def text_of(row, name, may_be_empty=False):
+    value = row.get(name)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if value is None and may_be_empty:
+        value = ""
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is not a text")
+    if not value.strip() and not may_be_empty:
+        raise BadRow(f"{name} is empty")
+    return value
+
+
+def join_texts(first, second, name):
+    """Return an instruction, followed by its input if it has one."""
+    if second is None or second == "":
+        return first
+    if not isinstance(second, str):
+        raise BadRow(f"{name} is not a text")
+    return f"{first}\n\n{second}" if second.strip() else first
 
 
 # -----------------------------------------------------------------------------
 # tokens
 
 
-def tokenize_row(row, tokenizer, max_length):
-    """Tokenize one row; the labels are -100 (no loss) up to the answer, and the last one ends the turn.
+def tokenize_row(row, form, tokenizer, max_length, learn="all", date=None):
+    """Tokenize one row of a form; labels are -100 where there is no loss.
 
-    `row` is SQuAD, `messages` (the last message is the answer) or `prompt`/`completion` (texts or message lists).
-    Returns `input_ids` and `labels` of at most `max_length` tokens, `length` and `answer_length` (tokens kept of the
-    row and of its answer), `truncated` (bool), `question` (to be shown), `references` (the accepted answers, for exact
-    match and F1) and `problem`: why the row cannot be used, which then has no tokens.
+    Learned are the answers of the assistant (`learn`: all of them, or the last), each up to and including the token
+    that ends its turn. Returns `input_ids` and `labels` of at most `max_length` tokens, and what TOKENIZED says beside
+    them. `problem` is why the row cannot be used, which then has no tokens. `date` is the day that templates see.
     """
-    problem = find_problem(row)
-    if not problem:
-        try:
-            return tokenize_conversation(row, tokenizer, max_length) | {"problem": ""}
-        except (TemplateError, UnicodeError, TypeError, ValueError, KeyError) as error:
-            problem = f"the chat template or the tokenizer refuses it: {type(error).__name__}"
-    empty = {"input_ids": [], "labels": [], "length": 0, "answer_length": 0, "truncated": False}
-    return empty | {"question": "", "references": [], "problem": problem}
+    try:
+        conversation = form.read(row)
+        if conversation.messages is None:
+            ids, answers = tokenize_text(conversation, tokenizer)
+        else:
+            ids, answers = tokenize_messages(conversation, tokenizer, learn, date)
+        return label(ids, answers, conversation, max_length) | {"problem": ""}
+    except BadRow as error:
+        problem = str(error)
+    except (TemplateError, UnicodeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        problem = f"the chat template or the tokenizer refuses it: {type(error).__name__}: {error}"
+    empty = {"input_ids": [], "labels": [], "length": 0, "answer_length": 0, "prompt_length": 0, "truncated": False}
+    return empty | {"question": "", "references": [], "problem": " ".join(problem.split())[:200]}
 
 
-def tokenize_conversation(row, tokenizer, max_length):
-    references = None
-    if "messages" in row:
-        row = {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
-    elif "context" in row and "answers" in row:
-        references = utils.list_answers(row)
-        row = utils.convert_squad_sample_to_llama_conversation(row, tokenizer)
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        ids, start = tokenize_texts(prompt, completion, tokenizer)
-        question, answer = prompt, completion
-    else:
-        ids, start = tokenize_messages(prompt, completion, tokenizer)
-        question, answer = prompt[-1]["content"] if prompt else "", completion[-1]["content"]
+class Answer(NamedTuple):
+    """A stretch of tokens that is learned."""
 
-    first = common_prefix(ids, start)  # where the answer begins
-    labels = [-100] * first + ids[first:]
-    length = min(len(ids), max_length)
+    first: int
+    end: int  # behind the token that ends its turn
+    question: str
+    text: str
+
+
+def label(ids, answers, conversation, max_length):
+    """Return the tokens of a row with its labels, cut to `max_length`."""
+    labels = [-100] * len(ids)
+    for answer in answers:
+        labels[answer.first : answer.end] = ids[answer.first : answer.end]
+    kept = [answer for answer in answers if answer.first < max_length]
+    last = kept[-1] if kept else answers[-1]
+    accepted = [last.text]
+    if conversation.references and last is answers[-1]:
+        accepted = conversation.references
+    labels = labels[:max_length]
     return {
         "input_ids": ids[:max_length],
-        "labels": labels[:max_length],
-        "length": length,
-        "answer_length": max(0, length - first),
+        "labels": labels,
+        "length": len(labels),
+        "answer_length": len(labels) - labels.count(-100),
+        "prompt_length": last.first,
         "truncated": len(ids) > max_length,
-        "question": question,
-        "references": references or [answer],
+        "question": last.question,
+        "references": accepted,
     }
 
 
-def tokenize_texts(prompt, completion, tokenizer):
-    """Return the tokens of the whole row, which ends with the end-of-text token, and those of the prompt alone."""
-    ids = tokenizer(prompt + completion)["input_ids"]
-    if ids[-1] != tokenizer.eos_token_id:
+def tokenize_text(conversation, tokenizer):
+    """Return (tokens, answers) of a text as it is; the end-of-text token is learned, too."""
+    ids = tokenizer(conversation.prompt + conversation.text)["input_ids"]
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
-    return ids, tokenizer(prompt)["input_ids"]
+    first = common_prefix(ids, tokenizer(conversation.prompt)["input_ids"]) if conversation.prompt else 0
+    return ids, [Answer(first, len(ids), conversation.prompt, conversation.text)]
 
 
-def tokenize_messages(prompt, completion, tokenizer):
-    """Return the tokens of the whole row, which ends with the end-of-turn token, and those of the prompt alone."""
-    ids = tokenizer.apply_chat_template(prompt + completion)["input_ids"]
-    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
-    if tokenizer.eos_token_id in ids[len(start) :]:  # ChatML adds a line break behind the end-of-turn token
-        last = len(ids) - 1 - ids[::-1].index(tokenizer.eos_token_id)
-        ids = ids[: last + 1]
-    return ids, start
+def tokenize_messages(conversation, tokenizer, learn, date):
+    """Return (tokens, answers) of messages in the model's chat template."""
+    messages = conversation.messages
+    if messages[0]["role"] == "system" and not utils.has_system_role(tokenizer):
+        messages = utils.fold_system(messages)
+    render = functools.partial(apply_template, tokenizer, tools=conversation.tools, date=date)
+    ids = render(messages)
+    turn_end, answers = end_of_turn(tokenizer), []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        first = common_prefix(ids, render(messages[:i], add_generation_prompt=True)) if i else 0
+        end = find_end(ids, first, message["content"], turn_end, tokenizer)
+        question = messages[i - 1]["content"] if i else ""
+        answers.append(Answer(first, end, question, message["content"]))
+    if learn == "last":
+        answers = answers[-1:]
+    return ids[: answers[-1].end], answers
+
+
+def apply_template(tokenizer, messages, tools=None, date=None, **more):
+    """Return the tokens of messages in the chat template; a template that asks for the day gets `date`."""
+    if date is not None:
+        more["strftime_now"] = date.strftime
+    return tokenizer.apply_chat_template(messages, tools=tools, **more)["input_ids"]
+
+
+def find_end(ids, first, content, turn_end, tokenizer):
+    """Return where an answer that begins at `first` ends: behind the token that ends its turn."""
+    if turn_end is None:
+        return len(ids)
+    inside = tokenizer(content, add_special_tokens=False)["input_ids"].count(turn_end)  # someone wrote it there
+    for i in range(first, len(ids)):
+        if ids[i] == turn_end:
+            if not inside:
+                return i + 1
+            inside -= 1
+    return len(ids)
+
+
+@functools.cache
+def end_of_turn(tokenizer):
+    """Return the token with which the chat template ends the assistant's turns, None if it has none."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    probe = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+    try:
+        ids = tokenizer.apply_chat_template(probe)["input_ids"]
+        first = common_prefix(ids, tokenizer.apply_chat_template(probe[:1], add_generation_prompt=True)["input_ids"])
+    except (TemplateError, TypeError, ValueError, KeyError):
+        return tokenizer.eos_token_id
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ends = [token for token in ids[first:] if token in special]
+    return ends[-1] if ends else None
 
 
 def common_prefix(ids, others):

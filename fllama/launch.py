@@ -160,7 +160,8 @@ def run_to_the_end(target, args, run):
         run = replace(run, checkpoint=checkpoints.find_newest(folder))
         where = f"after round {checkpoints.round_of(run.checkpoint)} of {args.num_rounds}"
         if attempt == args.restarts:
-            print(f"main.py: {message}; --resume goes on {where}", file=sys.stderr)
+            advice = f"; --resume goes on {where}" if run.checkpoint else ""  # else it would come to the same
+            print(f"main.py: {message}{advice}", file=sys.stderr)
             raise SystemExit(1)
         print(f"main.py: {message}; restart {attempt + 1} of {args.restarts} {where}", file=sys.stderr, flush=True)
         checkpoints.cut_back(folder, run.checkpoint)
@@ -264,7 +265,8 @@ def describe_failure(processes, reports):
             hint = " (as the kernel does when memory runs out)" if code == -signal.SIGKILL else ""
             return 1, f"rank {rank} {how}{hint}"
     failed = [report for report in reports if report and report.code != 0]
-    first = min(failed, key=lambda report: (not report.trace, report.time))  # rather one that has not ended itself
+    # rather one that did not end itself, and knows why
+    first = min(failed, key=lambda report: (not report.trace, report.text.startswith("LostContact"), report.time))
     silent = [str(rank) for rank, report in enumerate(reports) if report is None]
     missing = f"; no report from rank {', '.join(silent)}" if silent else ""
     if first.code == STOPPED:

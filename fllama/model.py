@@ -12,7 +12,7 @@ import torch
 import transformers
 import trl.trainer.utils
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 import utils
@@ -37,13 +37,15 @@ def load_base(args, model_path, device):
     QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
     """
     dtype = compute_dtype(args, device)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+    quantization = None
+    if args.load_in_4bit and not is_quantized(model_path):  # what is in 4 bits is loaded as it is
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     model = AutoModelForCausalLM.from_pretrained(
         model_path,
         dtype=dtype,
-        quantization_config=quantization if args.load_in_4bit else None,
+        quantization_config=quantization,
         attn_implementation=args.attn_implementation,
         device_map={"": device},
         trust_remote_code=False,
@@ -53,6 +55,10 @@ def load_base(args, model_path, device):
         if dtype == torch.float16:  # sums over many layers may overflow: all that is not in 4 bits in float32
             prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
+
+
+def is_quantized(model_path):
+    return getattr(AutoConfig.from_pretrained(model_path), "quantization_config", None) is not None
 
 
 def keep_4bit_layout(model):

@@ -21,6 +21,10 @@ TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # ranks have no use fo
 SERVER_FLAGS = """server_lr server_momentum server_beta2 server_tau clip_norm trim_fraction num_malicious
 weiszfeld_iterations weiszfeld_smoothing""".split()
 NOT_UNDER_TORCHRUN = "compare dry_run ask merge overwrite restarts".split()
+COLUMN_NAMES = (
+    "question answer answers context messages text instruction input output response prompt completion".split()
+)
+IN_THE_DATA = ("column", "folder", "file")  # partitions whose clients the data set names
 MAX_CLIENTS = 1000
 OPTIMIZER_BYTES = {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}  # of its state, per parameter; else 8
 
@@ -40,9 +44,17 @@ def first_line(error):
 # types of flags
 
 
+def number(text, kind):
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text} is not {what}") from None
+
+
 def positive(kind):
     def parse(text):
-        value = kind(text)
+        value = number(text, kind)
         if not 0 < value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is not above 0")
         return value
@@ -51,25 +63,36 @@ def positive(kind):
 
 
 def not_negative(text):
-    return float(text) if float(text) == 0 else positive(float)(text)
+    return 0.0 if number(text, float) == 0 else positive(float)(text)
 
 
 def not_negative_int(text):
-    if int(text) < 0:
+    if number(text, int) < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return int(text)
 
 
 def fraction(text):
-    if not 0 <= float(text) < 1:
+    if not 0 <= number(text, float) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 up to 1")
     return float(text)
 
 
 def seed(text):
-    if not 0 <= int(text) < 2**31:
+    if not 0 <= number(text, int) < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 up to 2**31")
     return int(text)
+
+
+def columns(text):
+    """Return {name: column} of question=Frage,answer=Antwort."""
+    found = {}
+    for part in text.split(","):
+        name, equals, column = part.partition("=")
+        if not equals or not column.strip() or name.strip() not in COLUMN_NAMES:
+            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=COLUMN with one of {', '.join(COLUMN_NAMES)}")
+        found[name.strip()] = column.strip()
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -89,6 +112,7 @@ def complete(args, num_gpus):
     take_token(args)
     started = ranks_of_torchrun()
     args.model_name, args.dataset_path = absolute(args.model_name), absolute(args.dataset_path)
+    args.output_dir = os.path.expanduser(args.output_dir)
     args.learning_rate = args.learning_rate or (1e-2 if args.model_name == EMBEDDED_MODEL else 2e-4)
     args.optim = args.optim or ("paged_adamw_32bit" if num_gpus else "adamw_torch")
     if args.gradient_checkpointing is None:
@@ -106,7 +130,7 @@ def complete(args, num_gpus):
     check_kernels(args, num_gpus)
     if args.partition == "column" and not args.partition_column:
         fail("--partition column makes a client of each value in a column: name it with --partition_column")
-    if args.partition != "column":
+    if args.partition not in IN_THE_DATA:
         complete_clients(args, args.num_clients or args.world_size, num_gpus)
     if args.compare and (args.centralized or args.dry_run):
         fail("--compare does not go with --centralized (list it instead) nor with --dry_run (of one run at a time)")
@@ -121,7 +145,10 @@ def complete(args, num_gpus):
 def complete_clients(args, num_clients, num_gpus):
     """Fill in how many clients there are, how many in a round, and what follows from that; no idle ranks."""
     if (args.num_clients or num_clients) != num_clients:
-        fail(f"--num_clients {args.num_clients}: {args.partition_column} has {num_clients} values; leave it out")
+        source = f"{args.partition_column} has {num_clients} values"
+        if args.partition != "column":
+            source = f"the data set has rows of {num_clients} clients (--partition {args.partition})"
+        fail(f"--num_clients {args.num_clients}: {source}; leave it out")
     if num_clients > MAX_CLIENTS:
         fail(f"{num_clients} clients: at most {MAX_CLIENTS} are possible")
     if (args.clients_per_round or 1) > num_clients:
@@ -227,7 +254,8 @@ def check_kernels(args, num_gpus):
 
 def absolute(name):
     """Return the absolute path of what is on this disk, and the id of what is on the hub as it is."""
-    return os.path.abspath(name) if os.path.exists(name) else name
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.exists(path) else name
 
 
 def take_token(args):

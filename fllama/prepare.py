@@ -12,18 +12,17 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+import torch
 
 import utils
-from fllama import checkpoints, formats, options
+from fllama import checkpoints, formats, options, sources
 from fllama.options import fail, first_line
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first of these that a dataset has
 CLIENT_EVAL_ROWS = 16  # at most so many rows of each client are held out, and at most a tenth of its rows
 MAX_BAD_ROWS, SHOWN_ROWS = 0.01, 3  # share of rows that may be bad and are left out; bad rows that are named
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+TOKENIZER_PACKAGES = ("sentencepiece", "tiktoken", "protobuf")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -68,16 +67,22 @@ def find_model(args, weights=True):
     transformers.logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        return path, config, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        fail(f"--model_name {name}: its config or tokenizer cannot be loaded: {first_line(error)}")
+        packages = [package for package in TOKENIZER_PACKAGES if package in str(error).lower()]
+        advice = f"; pip install {' '.join(packages)}" if packages else ""
+        fail(f"--model_name {name}: its config or tokenizer cannot be loaded: {first_line(error)}{advice}")
+    check_architecture(args, config)
+    return path, config, tokenizer
 
 
 def download_model(name, token, weights):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    ignored = ["original/*"] if weights else ["original/*", "*.safetensors"]
+    ignored = ["original/*", "consolidated*"]  # the same weights in another form
+    if not weights:
+        ignored.append("*.safetensors")
     try:
         return snapshot_download(name, token=token, allow_patterns=MODEL_FILES, ignore_patterns=ignored)
     except GatedRepoError:
@@ -85,7 +90,7 @@ def download_model(name, token, weights):
     except (RepositoryNotFoundError, HFValidationError):
         fail(f"--model_name {name}: no such folder, nor model on the hub (or a private one: set HF_TOKEN)")
     except Exception as error:  # the hub's client has a dozen kinds of these, and every one of them ends the run
-        fail(hub_problem("--model_name", name, error))
+        fail(sources.hub_problem("--model_name", name, error))
 
 
 def check_model_files(name, path, weights):
@@ -102,12 +107,51 @@ def check_model_files(name, path, weights):
         fail(f"--model_name {name} is not built as LLaMA is: it has no {', '.join(missing)}")
 
 
-def hub_problem(flag, name, error):
-    """Return the line that says why the hub did not give `name`."""
-    text = f"{error} {error.__cause__}"
-    if "401" in text or "Invalid" in text and "token" in text.lower():
-        return f"{flag} {name}: the hub refuses the token; set HF_TOKEN to a valid one, or to none for what is public"
-    return f"{flag} {name}: not on this disk, and the hub cannot be reached; check the network ({first_line(error)})"
+def check_architecture(args, config):
+    """Refuse what is not built as LLaMA is, by a model without memory; use eager attention if it has no other."""
+    from transformers import AutoModelForCausalLM
+
+    name = args.model_name
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        fail(f"--model_name {name} is not built as LLaMA is: it has a part for images or sound; name a text model")
+    if any(getattr(config, count, None) for count in ("num_experts", "num_local_experts", "n_routed_experts")):
+        fail(f"--model_name {name} is not built as LLaMA is: it is a mixture of experts")
+    check_quantization(args, config)
+    model = None
+    for attention in dict.fromkeys((args.attn_implementation, "eager")):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            break
+        except (ValueError, ImportError) as error:
+            problem = first_line(error)
+    if model is None:
+        fail(f"--model_name {name} cannot be built: {problem}")
+    if attention != args.attn_implementation:
+        print(f"  attention  eager: this model has no {args.attn_implementation}", flush=True)
+        args.attn_implementation = attention
+    linear = {module_name.rsplit(".", 1)[-1] for module_name, module in model.named_modules() if is_linear(module)}
+    missing = [part for part in LORA_TARGETS if part not in linear]
+    if missing:
+        fail(f"--model_name {name} is not built as LLaMA is: it has no {', '.join(missing)}")
+
+
+def is_linear(module):
+    return isinstance(module, torch.nn.Linear)
+
+
+def check_quantization(args, config):
+    """Refuse weights that are quantized by another library than bitsandbytes."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    method = quantization.get("quant_method")
+    if method != "bitsandbytes":
+        fail(f"--model_name {args.model_name} is quantized by {method}; name the model that it was made from")
+    if not args.load_in_4bit:
+        fail(f"--model_name {args.model_name} is quantized already; leave out --no-load_in_4bit")
 
 
 def digest_of_model(path):
@@ -126,60 +170,62 @@ def digest_of_model(path):
 
 
 def find_rows(args, num_gpus):
-    """Return the training rows and the held-out rows (or None) of the dataset; with --partition column, its values in
-    the data say how many clients there are."""
-    path = args.dataset_path
-    if not os.path.exists(path) and (path.startswith((".", "/", "~")) or Path(path).suffix in READERS):
-        fail(f"--dataset_path {path}: no such file or folder")
-    if os.path.isfile(path) and Path(path).suffix not in READERS:
-        fail(f"--dataset_path {path}: not a {', '.join(READERS)} file")
-    try:
-        rows, held_out = load_rows(path, args.hf_token)
-    except (DatasetNotFoundError, FileNotFoundError) as error:
-        if os.path.exists(path):
-            fail(f"--dataset_path {path}: {first_line(error)}")
-        fail(f"--dataset_path {path}: no such file or folder, nor dataset on the hub (or a gated one: set HF_TOKEN)")
-    except (DatasetGenerationError, ValueError, KeyError) as error:
-        fail(f"--dataset_path {path}: cannot be read: {first_line(error.__cause__ or error)}")
-    except Exception as error:
-        fail(hub_problem("--dataset_path", path, error))
+    """Find the rows of the data set; returns (sources.Source, their form).
 
-    for part in filter(None, (rows, held_out)):
-        if not formats.is_readable(part.column_names):
-            found = ", ".join(part.column_names)
-            fail(f"--dataset_path {path}: needs the columns {formats.describe_forms()}; found {found}")
-    if not args.partition_column and (args.partition == "dirichlet" or "label" in rows.column_names):
-        args.partition_column = "label"
-    if args.partition_column and args.partition_column not in rows.column_names:
-        found = ", ".join(rows.column_names)
-        fail(f"--partition_column: the training rows have no column {args.partition_column}; found {found}")
-    if args.partition == "column":
-        options.complete_clients(args, len(set(map(str, rows[args.partition_column]))), num_gpus)
-    needed, clients = needed_rows(args.num_clients, bool(held_out)), args.num_clients
-    if len(rows) < needed:
-        fail(f"--dataset_path {path}: {len(rows)} training rows, {clients} clients need {needed}; lower --num_clients")
-    return rows, held_out
-
-
-def load_rows(dataset_path, token=None):
-    """Load the training rows and, if the dataset has one, its validation or test split.
-
-    `dataset_path` is a json, jsonl, csv or parquet file, a folder of such files, a `save_to_disk` folder or the id of
-    a dataset on the hub. Returns (train, held_out), held_out None if there is no such split.
+    With clients that the data set names (--partition column, folder, file), it says how many there are.
     """
-    path = Path(dataset_path)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        data = datasets.load_from_disk(dataset_path)
-    elif path.is_file():
-        data = datasets.load_dataset(READERS[path.suffix], data_files=str(path))
-    else:
-        data = datasets.load_dataset(dataset_path, token=token)
-    if isinstance(data, datasets.Dataset):
-        data = datasets.DatasetDict(train=data)
-    if "train" not in data:
-        raise ValueError(f"no split is named train; found {', '.join(data)}")
-    held_out = next((data[name] for name in HELD_OUT_SPLITS if name in data), None)
-    return data["train"], held_out
+    path, source = args.dataset_path, sources.find_source(args)
+    columns = sources.all_columns(source.train)
+    form = find_form(args, columns)
+    if source.held_out is not None and not set(args.columns.values()) <= set(sources.all_columns(source.held_out)):
+        fail(f"--columns: the held-out rows of {path} lack one of these columns")
+    if args.partition == "dirichlet" and not args.partition_column:
+        args.partition_column = "label"
+    if args.partition_column and args.partition_column not in columns:
+        fail(
+            f"--partition_column: the training rows have no column {args.partition_column}; found {', '.join(columns)}"
+        )
+    names = source.clients
+    if args.partition == "column":
+        names = sources.values_of(source.train, args.partition_column)
+    if names:
+        options.complete_clients(args, len(set(names)), num_gpus)
+    needed, clients = needed_rows(args.num_clients, source.held_out is not None), args.num_clients
+    if len(source.train) < needed:
+        number = len(source.train)
+        fail(f"--dataset_path {path}: {number} training rows, {clients} clients need {needed}; lower --num_clients")
+    return source, form
+
+
+def find_form(args, columns):
+    """Return the form of rows with these columns, under the names that --columns gives them."""
+    path, found = args.dataset_path, ", ".join(columns)
+    missing = [column for column in args.columns.values() if column not in columns]
+    if missing:
+        fail(f"--columns: {path} has no column {', '.join(missing)}; found {found}")
+    names = list(args.columns) or columns
+    if not args.columns and formats.PREFERENCES <= set(columns):
+        advice = "--columns prompt=prompt,completion=chosen trains on the chosen answers"
+        fail(f"--dataset_path {path} is preference data ({found}), for which there is no training here; {advice}")
+    form = formats.find_form(names)
+    if form is None:
+        advice = "or say which is which: --columns question=...,answer=..."
+        fail(f"--dataset_path {path}: needs the columns {formats.describe_forms()}; {advice}; found {found}")
+    return form
+
+
+def describe_reading(args, source, form):
+    """Return the line that says what rows were read as."""
+    names = [*form.columns, *form.optional]
+    column_of = {name: args.columns.get(name, name) for name in names}
+    counts, columns = sources.column_counts(source.train), sources.all_columns(source.train)
+    read = [column_of[name] for name in names if column_of[name] in columns]
+    line = f"  read as    {form.name}: {', '.join(read)}"
+    for name in form.optional:
+        if column_of[name] in columns:
+            line += f" ({counts[column_of[name]]:,} of {len(source.train):,} with {column_of[name]})"
+    unread = [column for column in columns if column not in read and column != args.partition_column]
+    return line + (f"; not read: {', '.join(unread)}" if unread else "")
 
 
 def needed_rows(num_clients, has_held_out):
@@ -187,8 +233,9 @@ def needed_rows(num_clients, has_held_out):
     return 2 * (num_clients + (not has_held_out))
 
 
-def check_template(args, tokenizer, rows):
-    if tokenizer.chat_template is None and rows.features.get("prompt") != datasets.Value("string"):
+def check_template(args, tokenizer, form):
+    """Refuse a model without a chat template, unless all rows are texts."""
+    if tokenizer.chat_template is None and form.name not in ("text", "prompt and completion"):
         fail(f"--model_name {args.model_name} has no chat template; name an instruct model, or use prompt texts")
 
 
@@ -196,37 +243,49 @@ def check_template(args, tokenizer, rows):
 # tokens, and whose they are
 
 
-def prepare_data(args, rows, held_out, tokenizer, folder):
+def prepare_data(args, source, form, tokenizer, vocab_size, folder, started):
     """Tokenize all rows, once for all ranks, into `folder`/data, and deal them out to the clients.
 
-    Counts what was cut and what is bad, and leaves out both. Returns (content of partition.json, digest of the rows).
+    Counts what was cut and what is bad, and leaves out both. `started` is when the run began (datetime), the day that
+    chat templates see. Returns (content of partition.json, digest of the rows).
     """
-    splits = {"train": rows} | ({"held_out": held_out} if held_out else {})
+    check_template(args, tokenizer, form)
+    if not args.quiet:
+        print(describe_reading(args, source, form), flush=True)
+    splits = {"train": source.train}
+    if source.held_out is not None:
+        splits["held_out"] = source.held_out
     kept = {}  # the numbers of the rows that are left
     for name, split in splits.items():
-        splits[name], kept[name] = tokenize_split(args, name, split, tokenizer, folder)
-    left = len(splits["train"])
-    if left < needed_rows(args.num_clients, bool(held_out)) or not all(map(len, splits.values())):
+        splits[name], kept[name] = tokenize_split(args, name, split, form, tokenizer, folder, started)
+    show_rows(args, splits["train"], tokenizer)
+    check_tokens(args, splits, vocab_size)
+    left, has_held_out = len(splits["train"]), source.held_out is not None
+    if has_held_out:
+        splits["held_out"] = drop_known_rows(splits["held_out"], splits["train"])
+    if left < needed_rows(args.num_clients, has_held_out) or not all(map(len, splits.values())):
         fail(f"--max_length {args.max_length} cuts off too many answers: {left} training rows are left; raise it")
     datasets.disable_progress_bars()
     datasets.DatasetDict(splits).save_to_disk(f"{folder}/data")
 
     labels = names = None  # of the rows that are left, and of the clients
+    values = source.clients
     if args.partition_column:
-        values = [str(value) for value in rows[args.partition_column]]
-        names = sorted(set(values)) if args.partition == "column" else None
+        values = sources.values_of(source.train, args.partition_column)
+    if values:
         labels = [values[number] for number in kept["train"]]
-    parts, global_part = deal_rows(args, left, bool(held_out), labels, names)
-    write_parts(args, parts, global_part, f"{folder}/data/parts.json")
-    partition = describe_partition(args, parts, global_part, kept["train"], labels)
+        names = sorted(set(values)) if args.partition in options.IN_THE_DATA else None
+    parts, global_part = deal_rows(args, left, has_held_out, labels, names)
+    write_parts(args, splits["train"], parts, global_part, f"{folder}/data/parts.json")
+    partition = describe_partition(args, parts, global_part, kept["train"], labels, names)
     return partition, digest_of_rows(f"{folder}/data")
 
 
-def tokenize_split(args, name, rows, tokenizer, folder):
+def tokenize_split(args, name, rows, form, tokenizer, folder, started):
     """Return (tokenized rows, their numbers in `rows`), without those that are bad or whose answer was cut off."""
-    check_template(args, tokenizer, rows)
     aside = f"{folder}/{name}.arrow"  # not beside the user's files
-    tokens = tokenize(args, rows, tokenizer, cache_file_name=aside, desc=f"tokenizing {name} rows")
+    bar = f"tokenizing {name} rows"
+    tokens = tokenize(args, rows, form, tokenizer, started, cache_file_name=aside, desc=bar)
     bad = {number: problem for number, problem in enumerate(tokens["problem"]) if problem}
     if bad:
         shown = ", ".join(f"row {number} ({problem})" for number, problem in list(bad.items())[:SHOWN_ROWS])
@@ -246,14 +305,71 @@ def tokenize_split(args, name, rows, tokenizer, folder):
     return tokens.select(kept).remove_columns(["problem", "truncated"]), kept
 
 
-def tokenize(args, rows, tokenizer, **more):
+def tokenize(args, rows, form, tokenizer, started, **more):
+    """Return the tokens of rows, with the columns of formats.TOKENIZED."""
+    how = {
+        "renamed": args.columns,
+        "form": form,
+        "tokenizer": tokenizer,
+        "max_length": args.max_length,
+        "learn": args.learn,
+        "date": started,
+    }
     return rows.map(
-        formats.tokenize_row,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length},
+        tokenize_one,
+        fn_kwargs=how,
         remove_columns=rows.column_names,
         features=formats.TOKENIZED,
+        new_fingerprint="tokens",  # every run tokenizes anew: the library need not hash what it is given
         **more,
     )
+
+
+def tokenize_one(row, renamed, form, tokenizer, max_length, learn, date):
+    return formats.tokenize_row(sources.row_of(row, renamed), form, tokenizer, max_length, learn, date)
+
+
+def show_rows(args, rows, tokenizer):
+    """Print the first rows as the model sees them, for --show_rows; what is learned is between ⟦ and ⟧."""
+    for number in range(min(args.show_rows, len(rows))):
+        row = rows[number]
+        text, learned = "", False
+        stretch = []
+        for token, label in zip([*row["input_ids"], None], [*row["labels"], None]):
+            carries_loss = label is not None and label != -100
+            if stretch and (token is None or carries_loss != learned):
+                shown = tokenizer.decode(stretch)
+                text += f"⟦{shown}⟧" if learned else shown
+                stretch = []
+            learned = carries_loss
+            stretch.append(token)
+        print(f"--- row {number}: {row['length']} tokens, {row['answer_length']} learned\n{text}", flush=True)
+
+
+def check_tokens(args, splits, vocab_size):
+    """Refuse tokens for which the model has no embedding."""
+    largest = max((max(ids) for rows in splits.values() for ids in rows["input_ids"]), default=0)
+    if largest >= vocab_size:
+        problem = f"its tokenizer makes token {largest}, and its embedding ends at {vocab_size - 1}"
+        fail(f"--model_name {args.model_name}: {problem}")
+
+
+def row_digests(rows):
+    """Return a digest of the tokens of each row."""
+    return [hashlib.md5(np.asarray(ids).tobytes(), usedforsecurity=False).digest() for ids in rows["input_ids"]]
+
+
+def drop_known_rows(held_out, train):
+    """Return the held-out rows that are not among the training rows, too; says how many are left out."""
+    known = set(row_digests(train))
+    new = [number for number, digest in enumerate(row_digests(held_out)) if digest not in known]
+    dropped = len(held_out) - len(new)
+    if dropped and new:
+        print(f"{dropped} of {len(held_out)} held-out rows are training rows, too, and left out", flush=True)
+        return held_out.select(new)
+    if dropped:
+        print(f"all {len(held_out)} held-out rows are training rows, too: the scores say how well they are known")
+    return held_out
 
 
 def deal_rows(args, num_rows, has_held_out, labels, names):
@@ -264,7 +380,8 @@ def deal_rows(args, num_rows, has_held_out, labels, names):
     parts = utils.split_evenly(num_rows, args.num_clients + (not has_held_out), args.seed)
     global_part = np.array([], dtype=int) if has_held_out else parts.pop()
     rows = np.concatenate(parts)
-    parts = utils.partition_rows(rows, args.num_clients, args.partition, labels, args.dirichlet_alpha, args.seed)
+    kind = "column" if names else args.partition
+    parts = utils.partition_rows(rows, args.num_clients, kind, labels, args.dirichlet_alpha, args.seed)
     if names:  # a client may have lost all its rows
         rows_of_name = {labels[part[0]]: part for part in parts}
         parts = [rows_of_name.get(name, []) for name in names]
@@ -280,28 +397,46 @@ def deal_rows(args, num_rows, has_held_out, labels, names):
     return parts, global_part
 
 
-def write_parts(args, parts, global_part, path):
-    """Write which rows each client trains on and holds out, and which are the global held-out ones."""
+def write_parts(args, rows, parts, global_part, path):
+    """Write which rows each client trains on and holds out, and which are the global held-out ones.
+
+    Held-out rows that a client trains on, too (equal tokens), are left out and counted.
+    """
     held_out, trained = [], []
     for part in parts:
         size = max(1, min(CLIENT_EVAL_ROWS, len(part) // 10))
         held_out.append(part[:size].tolist())
         trained.append(part[size:].tolist())
+    digests = row_digests(rows)
+    known = {digests[number] for part in trained for number in part}
+    dropped = 0
+    for group in (*held_out, global_part := global_part.tolist()):
+        new = [number for number in group if digests[number] not in known]
+        if new:  # else nothing would be left to hold out
+            dropped += len(group) - len(new)
+            group[:] = new
+    if dropped:
+        print(f"{dropped} rows to hold out are training rows, too, and left out", flush=True)
     if args.centralized:
         trained = [[row for part in trained for row in part]]
     # whose held-out rows are scored at the end: the clients of the last round, or what would be these
     plan = utils.plan_rounds(args.num_clients, args.clients_per_round, args.num_rounds, 1, args.seed)
     scored = plan[-1].clients()
-    split = {"train": trained, "held_out": held_out, "global": global_part.tolist(), "scored": scored}
+    split = {"train": trained, "held_out": held_out, "global": global_part, "scored": scored}
     Path(path).write_text(json.dumps(split), encoding="utf-8")
 
 
-def describe_partition(args, parts, held_out, row_numbers, labels):
-    """Return what partition.json holds: of every client its rows, by their numbers in the dataset, and its labels."""
+def describe_partition(args, parts, held_out, row_numbers, labels, names):
+    """Return what partition.json holds: of every client its rows, by their numbers in the dataset, and its labels.
+
+    `names` are those of the clients, if the data set names them.
+    """
     clients = []
     for k, part in enumerate(parts):
         client = {"client": k, "rows": sorted(row_numbers[i] for i in part)}
-        if labels is not None:
+        if names:
+            client["name"] = names[k]
+        if labels is not None and args.partition_column:
             client["labels"] = dict(sorted(collections.Counter(labels[i] for i in part).items()))
         clients.append(client)
     return {

@@ -15,48 +15,66 @@ def folder_name(args):
     return CLIENT_MODELS if keeps_own_models(args) else GLOBAL_MODEL
 
 
-def publish(args, run, comm, trainer, rows, server, clients, answers, scores):
+def publish(args, run, comm, trainer, rows, server, clients, answers, global_loss, scores):
     """Write what a run leaves behind; all ranks participate.
 
-    `answers` are those to the held-out questions after training, `scores` those of the clients of the last round.
+    `answers` are those to the held-out questions after training, `global_loss` the Loss on the held-out rows (None if
+    clients have models of their own), `scores` those of the clients of the last round.
     """
+    model, tokenizer = trainer.model, trainer.processing_class
     target = Path(args.output_dir, folder_name(args))
     staging = target.with_suffix(".tmp")
-    trainer.model.peft_config["default"].base_model_name_or_path = args.model_name
+    model.peft_config["default"].base_model_name_or_path = args.model_name
+    model.generation_config.eos_token_id = evaluate.stop_tokens(model, tokenizer)
     if clients.private:
         for client in sorted(clients.states):
             clients.load_own_model(client)
-            trainer.model.save_pretrained(staging / f"client_{client}", save_embedding_layers=False)
+            save_adapter(model, staging / f"client_{client}")
         comm.meet()  # all adapters are there
     if comm.rank > 0:
         return
 
     if not clients.private:
-        trainer.model.save_pretrained(staging, save_embedding_layers=False)
-    after = evaluate.score(answers)
-    if clients.private:  # the mean over the clients' models
-        for name in after:
-            after[name] = round(sum(each["global"][name] for each in scores) / len(scores), 2)
+        save_adapter(model, staging)
+        after = evaluate.score(answers) | evaluate.describe_loss(global_loss)
+    else:
+        after = mean_scores([each["global"] for each in scores])
     before = {name: value for name, value in server.scores_before.items() if name != "samples"}
-    questions = rows.questions()
-    rounds = runlog.read_rounds(args.output_dir)
-    summary = report.summarize(rounds, rows.num_train, {"before": before, "after": after}, scores, len(questions))
+    questions, rounds = rows.questions(), runlog.read_rounds(args.output_dir)
+    names = evaluate.headline(tokenizer, questions)
+    both = {"before": before, "after": after}
+    summary = report.summarize(rounds, rows.num_train, both, names, scores, len(questions))
     samples = compare_samples(questions, server.scores_before["samples"], answers)
     folder = Path(args.output_dir)
     report.plot_losses(folder, rounds)
     if samples:
         utils.write_aside(folder / "samples.json", json.dumps(samples, indent=2) + "\n")
     utils.write_aside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    trainer.processing_class.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(report.model_card(args, run, summary), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)  # last of all: with the model there, the run is finished
     report.print_summary(args, rounds, summary, samples, target)
 
 
+def save_adapter(model, folder):
+    """Save the adapter, and at which tokens answers end."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    model.generation_config.save_pretrained(folder)
+
+
+def mean_scores(scores):
+    """Return the mean of each score over the clients' models; None if there is none."""
+    means = {}
+    for name in scores[0]:
+        values = [each[name] for each in scores if each[name] is not None]
+        means[name] = round(sum(values) / len(values), 4 if name == "perplexity" else 2) if values else None
+    return means
+
+
 def compare_samples(questions, before, answers):
     """Return the first held-out questions with their answers before and after training."""
     samples = []
-    for question, text, (after, accepted) in zip(questions["question"], before, answers):
-        samples.append({"question": question, "accepted": accepted, "before": text, "after": after})
+    for question, text, after in zip(questions["question"], before, answers):
+        samples.append({"question": question, "accepted": after.accepted, "before": text, "after": after.text})
     return samples

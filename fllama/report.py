@@ -1,6 +1,7 @@
 """What people see of a run: header, table of the split, a round's line, curves, summary, model card."""
 
 import collections
+import shlex
 from pathlib import Path
 
 import torch
@@ -25,8 +26,10 @@ def partition_table(partition):
     if len(clients) > len(shown):
         more = f"\n  ... {len(clients) - len(shown)} more clients, see partition.json"
     if "labels" not in clients[0]:
-        sizes = " ".join(str(len(client["rows"])) for client in shown)
-        return f"  rows of the clients: {sizes}{more}"
+        sizes = [str(len(client["rows"])) for client in shown]
+        if "name" in clients[0]:
+            sizes = [f"{client['name']} {size}" for client, size in zip(shown, sizes)]
+        return f"  rows of the clients: {(', ' if 'name' in clients[0] else ' ').join(sizes)}{more}"
 
     counts = collections.Counter()
     for client in clients:
@@ -182,12 +185,30 @@ def plot_losses(output_dir, rounds):
     axes.figure.savefig(Path(output_dir, "loss.png"), transparent=True)
 
 
-def summarize(rounds, num_train, scores, clients, num_questions):
+SCORES = {  # of summary.json: what they are called, and how they are shown
+    "exact_match": ("exact match", "{:.1f}%"),
+    "f1": ("f1", "{:.1f}%"),
+    "rouge_l": ("ROUGE-L", "{:.1f}%"),
+    "token_accuracy": ("token accuracy", "{:.1f}%"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "squad_exact_match": ("exact match (SQuAD v1)", "{:.1f}%"),
+    "squad_f1": ("F1 (SQuAD v1)", "{:.1f}%"),
+}
+
+
+def show_score(name, value):
+    return "-" if value is None else SCORES[name][1].format(value)
+
+
+def summarize(rounds, num_train, scores, names, clients, num_questions):
     """Return what summary.json holds: the run in one object.
 
-    `num_train` are the rows of each client, `scores` exact match and F1 before and after, `clients` the scores of those
-    of the last round on their own held-out rows.
+    `num_train` are the rows of each client, `scores` those before and after, `names` the ones that say most, `clients`
+    the scores of those of the last round on their own held-out rows.
     """
+    both = {}
+    for name in SCORES:
+        both[name] = {when: scores[when].get(name) for when in ("before", "after")}
     evaluated = [entry["eval_loss"] for entry in rounds if entry["eval_loss"] is not None] or [None]  # a log was lost
     seconds = {}
     for name in SECONDS:
@@ -199,9 +220,10 @@ def summarize(rounds, num_train, scores, clients, num_questions):
         "tokens": sum(entry["tokens"] for entry in rounds),
         "seconds": seconds,
         "eval_loss": {"first": evaluated[0], "last": evaluated[-1]},
-        "exact_match": {when: scores[when]["exact_match"] for when in scores},
-        "f1": {when: scores[when]["f1"] for when in scores},
+        "headline": names,
+        **both,
         "answered": num_questions,
+        "cut": scores["after"].get("cut"),
         "per_client": clients,
         "rejected": sum(len(entry["rejected"]) for entry in rounds),
         "bytes": sum(entry["bytes"] for entry in rounds),
@@ -218,18 +240,25 @@ def print_summary(args, rounds, summary, samples, target):
     evaluated = [f"{e['eval_loss']:.4f} (round {e['round']})" for e in rounds if e["eval_loss"] is not None]
     if evaluated:
         print(f"held-out loss  {evaluated[0]} -> {evaluated[-1]}")
-    for name in ("exact_match", "f1"):
-        before, after = summary[name]["before"], summary[name]["after"]
-        print(f"{name.replace('_', ' '):13}  {before:.1f}% -> {after:.1f}% on {summary['answered']} held-out questions")
-    own = [client["exact_match"] for client in summary["per_client"]]
-    if len(own) > 1:
-        worst = min(summary["per_client"], key=lambda client: client["exact_match"])
+    for name in summary["headline"]:
+        before, after = (show_score(name, summary[name][when]) for when in ("before", "after"))
+        asked = f" on {summary['answered']} held-out questions" if summary["answered"] else ""
+        print(f"{SCORES[name][0]:13}  {before} -> {after}{asked}")
+    if summary["cut"]:
         print(
-            f"on own rows    {sum(own) / len(own):.1f}% exact match, the mean of {len(own)} clients; "
-            f"the worst, client {worst['client']}, {worst['exact_match']:.1f}%"
+            f"cut            {summary['cut']} of {summary['answered']} answers were longer than --max_new_tokens allows"
+        )
+    first = summary["headline"][0]
+    scored = [client for client in summary["per_client"] if client[first] is not None]
+    if len(scored) > 1:
+        mean = sum(client[first] for client in scored) / len(scored)
+        worst = (max if first == "perplexity" else min)(scored, key=lambda client: client[first])
+        print(
+            f"on own rows    {show_score(first, mean)} {SCORES[first][0]}, the mean of {len(scored)} clients; "
+            f"the worst, client {worst['client']}, {show_score(first, worst[first])}"
         )
     folder = target / "client_N" if options.keeps_own_models(args) else args.output_dir
-    print(f'use it: python main.py --output_dir {folder} --ask "..." --context "..."', flush=True)
+    print(f'use it: python main.py --output_dir {shlex.quote(str(folder))} --ask "..." --context "..."', flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -244,9 +273,8 @@ def model_card(args, run, summary):
     origin = f"`{base}`, a model in a folder of whoever trained this"
     if not local:
         origin = f"[{base}](https://huggingface.co/{base})"
-    exact, f1, clients, num_train = summary["exact_match"], summary["f1"], summary["per_client"], summary["rows"]
+    clients, num_train = summary["per_client"], summary["rows"]
     first, last = (f"{loss:.4f}" if loss is not None else "unknown" for loss in summary["eval_loss"].values())
-    own = [client["exact_match"] for client in clients]
     each = f"{min(num_train)} to {max(num_train)}" if min(num_train) < max(num_train) else f"{num_train[0]}"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     adapter = "THIS FOLDER/client_0" if options.keeps_own_models(args) else "THIS FOLDER"
@@ -274,13 +302,10 @@ A LoRA adapter (rank {args.lora_r}, alpha {args.lora_alpha:g}, on all linear lay
 | command | `{run.command}` |
 | versions | {versions} |
 
-| {summary["answered"]} held-out questions | before | after |
-|---|---|---|
-| exact match | {exact["before"]:.1f}% | {exact["after"]:.1f}% |
-| F1 | {f1["before"]:.1f}% | {f1["after"]:.1f}% |
+{table_of_scores(summary)}
 
 Held-out loss {first} nats per answer token at the first evaluated round, {last} at the last. On the clients' own
-held-out rows: exact match {sum(own) / len(own):.1f}% as the mean of {len(own)} clients, {min(own):.1f}% for the worst.
+held-out rows: {describe_own_scores(summary["headline"][0], clients)}.
 
 ## Limits
 
@@ -320,6 +345,24 @@ python main.py --output_dir OUTPUT_DIR --merge
 python convert_hf_to_gguf.py OUTPUT_DIR/merged_model --outfile model.gguf
 ```
 """
+
+
+def table_of_scores(summary):
+    """Return the scores that say most, before and after training, as a table in Markdown."""
+    lines = [f"| {summary['answered']} held-out questions | before | after |", "|---|---|---|"]
+    for name in summary["headline"]:
+        before, after = (show_score(name, summary[name][when]) for when in ("before", "after"))
+        lines.append(f"| {SCORES[name][0]} | {before} | {after} |")
+    return "\n".join(lines)
+
+
+def describe_own_scores(name, clients):
+    values = [client[name] for client in clients if client[name] is not None]
+    if not values:
+        return "no score"
+    worst = max(values) if name == "perplexity" else min(values)
+    mean = show_score(name, sum(values) / len(values))
+    return f"{SCORES[name][0]} {mean} as the mean of {len(values)} clients, {show_score(name, worst)} for the worst"
 
 
 def describe_split(args):

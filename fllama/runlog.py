@@ -24,7 +24,7 @@ class RankReport:
     """What a rank tells all others after a round."""
 
     turns: list  # of its clients, without what is bulky
-    global_loss: tuple | None  # (sum in nats, tokens) on its share of the global held-out rows
+    global_loss: tuple | None  # evaluate.Loss on its share of the global held-out rows
     drift: dict  # client -> distance of its update from the average, relative to the norm of the latter
     checksum: int  # of the averaged parameters
     memory: float  # peak, GB
@@ -126,7 +126,7 @@ def round_entry(number, rate, reports, rejected, update_norm, error, seconds):
     for each in reports:
         drift |= each.drift
     evaluated = turns[0].eval_loss is not None
-    eval_losses = [turn.eval_loss[0] / turn.eval_loss[1] for turn in turns] if evaluated else None
+    eval_losses = [turn.eval_loss.mean() for turn in turns] if evaluated else None
     return {
         "round": number,
         "train_loss": sum(turn.train_loss for turn in good) / len(good),
@@ -152,10 +152,8 @@ def round_entry(number, rate, reports, rejected, update_norm, error, seconds):
 def global_loss(reports, turns):
     """Return the loss on the global held-out rows, in nats per answer token; of several models, the mean."""
     if turns[0].global_eval_loss:
-        losses = [turn.global_eval_loss[0] / turn.global_eval_loss[1] for turn in turns]
-        return sum(losses) / len(losses)
-    losses, tokens = zip(*(each.global_loss for each in reports))
-    return sum(losses) / sum(tokens)
+        return sum(turn.global_eval_loss.mean() for turn in turns) / len(turns)
+    return sum(each.global_loss.nats for each in reports) / sum(each.global_loss.tokens for each in reports)
 
 
 # -----------------------------------------------------------------------------

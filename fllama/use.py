@@ -1,6 +1,7 @@
 """The finished model: --ask, --merge, --push_to_hub."""
 
 import contextlib
+import datetime
 import json
 import os
 import sys
@@ -15,9 +16,13 @@ CHAT_TOKENS = 512  # of an answer to a question without a context, at most
 def use(args, num_gpus):
     """--ask the finished model in output_dir, or --merge it into its base."""
     folder = find_adapter(Path(args.output_dir).resolve(), args.output_dir)
-    config = next((path for path in (parent / "config.json" for parent in folder.parents[:2]) if path.is_file()), None)
-    if config:  # of the run
-        args.load_in_4bit = json.loads(config.read_text(encoding="utf-8")).get("load_in_4bit", args.load_in_4bit)
+    started = datetime.datetime.now()
+    for parent in folder.parents[:2]:
+        if (parent / "config.json").is_file():  # of the run
+            config = json.loads((parent / "config.json").read_text(encoding="utf-8"))
+            args.load_in_4bit = config.get("load_in_4bit", args.load_in_4bit)
+            started = datetime.datetime.fromisoformat(config.get("started", started.isoformat()))
+            break
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     if args.model_name == EMBEDDED_MODEL and Path(base).name != Path(EMBEDDED_MODEL).name:  # it was not given
         args.model_name = absolute(base)
@@ -35,7 +40,7 @@ def use(args, num_gpus):
         fail(f"--model_name {args.model_name} does not fit the adapter in {folder}: {first_line(error)}")
     if args.ask is not None:
         for question in [args.ask] if args.ask else read_questions():
-            print(answer_question(model, tokenizer, question, args.context), flush=True)
+            print(answer_question(model, tokenizer, question, args.context, started, args.max_new_tokens), flush=True)
     if args.merge:
         merge(model, tokenizer, merged)
         print(f"merged into {merged}", flush=True)
@@ -63,24 +68,26 @@ def read_questions():
                 yield question
 
 
-def answer_question(model, tokenizer, question, context):
-    """Return the answer to one question, from `context` if that is not empty, asked as in training."""
+def answer_question(model, tokenizer, question, context, started, max_new_tokens=None):
+    """Return the answer to one question, from `context` if that is not empty, asked as in training.
+
+    `started` is when the run began, the day that chat templates see.
+    """
     import datasets
 
     from fllama import evaluate, formats
 
+    row = {"prompt": question, "completion": "?"}  # of which the answer is left out
     if context:
-        row = {"context": context, "question": question, "answers": {"text": ["?"]}}
+        row = {"context": context, "question": question, "answers": ["?"]}
     elif tokenizer.chat_template:
-        row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "?"}]}
-    else:
-        row = {"prompt": question, "completion": "?"}
-    row = formats.tokenize_row(row, tokenizer, max_length=sys.maxsize)  # of which the answer is left out
+        row = {"question": question, "answer": "?"}
+    row = formats.tokenize_row(row, formats.find_form(row), tokenizer, max_length=sys.maxsize, date=started)
     if row["problem"]:
         return f"({row['problem']})"
-    longest = evaluate.MAX_NEW_TOKENS if context else CHAT_TOKENS
+    longest = max_new_tokens or (evaluate.LONGEST_ANSWER if context else CHAT_TOKENS)
     answers = evaluate.answer(model, tokenizer, datasets.Dataset.from_list([row]), 1, longest)
-    return answers[0][0]
+    return answers[0].text
 
 
 def merge(model, tokenizer, target):
@@ -91,7 +98,10 @@ def merge(model, tokenizer, target):
     """
     import torch
 
+    from fllama.evaluate import stop_tokens
+
     model = model.merge_and_unload().to(torch.bfloat16)
+    model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

@@ -1,0 +1,391 @@
+"""Where rows come from: files as they are now, folders, data sets on the hub; and clients that are found in them."""
+
+import collections
+import csv
+import gzip
+import io
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import pyarrow.ipc
+import pyarrow.parquet
+from datasets.exceptions import DatasetNotFoundError
+
+from fllama.options import fail, first_line
+
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first of these that a data set has
+READERS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED = (".gz", ".zst")
+JSON_COLUMN = "json"  # rows of JSON files are kept as texts: their fields may be of several types
+csv.field_size_limit(sys.maxsize)
+
+
+class Source(NamedTuple):
+    """The rows of a data set."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset | None  # of its validation or test split
+    clients: list | None = None  # the client of every training row, with --partition folder or file
+
+
+class Unreadable(Exception):
+    """Says what is wrong with a file."""
+
+
+# -----------------------------------------------------------------------------
+# a data set
+
+
+def find_source(args):
+    """Find the rows of --dataset_path: a file, a folder (also of `save_to_disk`), or an id on the hub."""
+    path = args.dataset_path
+    try:
+        if is_data_file(path):
+            return read_single_file(Path(path), args)
+        if os.path.isfile(path):
+            fail(f"--dataset_path {path}: not a {', '.join(READERS)} file (each also as {' or '.join(PACKED)})")
+        if os.path.isdir(path):
+            return read_folder(Path(path), args)
+    except Unreadable as error:
+        fail(f"--dataset_path {path}: cannot be read: {error}")
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        fail(f"--dataset_path {path}: cannot be read: {first_line(error)}")
+    if path.startswith((".", "/", "~")) or path.endswith((*READERS, *PACKED)):
+        fail(f"--dataset_path {path}: no such file or folder")
+    return read_hub(args)
+
+
+def is_data_file(path):
+    return os.path.isfile(path) and suffix_of(path) in READERS
+
+
+def suffix_of(path):
+    """Return the suffix of a data file, without that of a compression."""
+    name = str(path).lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return os.path.splitext(name)[1]
+
+
+def default_partition(path):
+    """Return how rows are dealt out if no flag says it: as the data set names its clients, else iid."""
+    path = Path(path)
+    if path.is_dir() and client_folders(path):
+        return "folder"
+    if path.is_file() and suffix_of(path) == ".json" and read_json_object(path):
+        return "file"
+    return "iid"
+
+
+def client_folders(folder):
+    """Return the subfolders that hold rows, unless they are named as splits are."""
+    names = set()
+    for path in folder.rglob("*"):
+        if path.parent != folder and is_data_file(path):
+            names.add(path.relative_to(folder).parts[0])
+    return set() if names & {"train", "data", "all", *HELD_OUT_SPLITS} else names
+
+
+def read_single_file(path, args):
+    refuse_split_flags(args, ["train"])
+    content = read_json_object(path) if suffix_of(path) == ".json" else None
+    if content is None:
+        if args.partition in ("folder", "file"):
+            fail(f"--partition {args.partition}: {path} names no clients; leave it out")
+        return Source(read_file(path), None)
+    names, rows = [], []
+    for client, own_rows in content.items():
+        names += [client] * len(own_rows)
+        rows += own_rows
+    return Source(rows_as_texts(rows), None, clients_or_word(args, names))
+
+
+def read_folder(folder, args):
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        data = datasets.load_from_disk(str(folder))
+        data = data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
+        train, held_out = choose_splits(args, data)
+        return Source(data[train], data[held_out] if held_out else None)
+    files = files_of_splits(folder, args)
+    train, held_out = choose_splits(args, files)
+    tables, names = [], []
+    for path in files[train]:
+        table, relative = read_file(path), path.relative_to(folder)
+        tables.append(table)
+        name = relative.parts[0] if args.partition != "file" else str(relative)
+        names += [name] * len(table)
+    held_out_tables = [read_file(path) for path in files[held_out]] if held_out else []
+    named = args.partition in ("folder", "file") or bool(client_folders(folder))
+    clients = clients_or_word(args, names) if named else None
+    return Source(same_columns(tables), same_columns(held_out_tables) if held_out else None, clients)
+
+
+def clients_or_word(args, names):
+    """Return the client of every row, or say that --partition deals them out anew."""
+    number = len(set(names))
+    if args.partition in ("folder", "file"):
+        return names
+    print(
+        f"  clients    the data set names {number}; --partition {args.partition} deals their rows out anew", flush=True
+    )
+    return None
+
+
+def files_of_splits(folder, args):
+    """Return {split: files} of a folder, as the library that reads data sets from the hub finds them."""
+    try:
+        with tempfile.TemporaryDirectory() as cache:  # the usual one may be another user's
+            builder = datasets.load_dataset_builder(str(folder), args.dataset_config, cache_dir=cache)
+    except (FileNotFoundError, DatasetNotFoundError, ValueError, KeyError) as error:
+        raise Unreadable(" ".join(str(error).split())[:400]) from None
+    files = {}
+    for split, paths in (builder.config.data_files or {}).items():
+        files[str(split)] = sorted(Path(path) for path in paths if is_data_file(path))
+    files = {split: paths for split, paths in files.items() if paths}
+    if not files:
+        raise Unreadable(f"no {', '.join(READERS)} file is in it")
+    return files
+
+
+def read_hub(args):
+    """Load a data set from the hub, or from its cache."""
+    path = args.dataset_path
+    try:
+        data = datasets.load_dataset(path, args.dataset_config, token=args.hf_token)
+    except ValueError as error:
+        text = " ".join(str(error).split())
+        if "onfig" in text:
+            fail(f"--dataset_path {path}: name one with --dataset_config. {text[:300]}")
+        fail(f"--dataset_path {path}: cannot be read: {first_line(error.__cause__ or error)}")
+    except (DatasetNotFoundError, FileNotFoundError):
+        fail(f"--dataset_path {path}: no such file or folder, nor dataset on the hub (or a gated one: set HF_TOKEN)")
+    except datasets.exceptions.DatasetGenerationError as error:
+        fail(f"--dataset_path {path}: cannot be read: {first_line(error.__cause__ or error)}")
+    except PermissionError as error:
+        fail(f"--dataset_path {path}: the cache {error.filename} cannot be written; set HF_HOME to a folder that can")
+    except Exception as error:  # the hub's client has a dozen kinds of these, and every one of them ends the run
+        fail(hub_problem("--dataset_path", path, error))
+    train, held_out = choose_splits(args, data)
+    return Source(data[train], data[held_out] if held_out else None)
+
+
+def hub_problem(flag, name, error):
+    """Return the line that says why the hub did not give `name`."""
+    text = f"{error} {error.__cause__}"
+    if "401" in text or "Invalid" in text and "token" in text.lower():
+        return f"{flag} {name}: the hub refuses the token; set HF_TOKEN to a valid one, or to none for what is public"
+    return f"{flag} {name}: not on this disk, and the hub cannot be reached; check the network ({first_line(error)})"
+
+
+def choose_splits(args, splits):
+    """Return the names of the training split and of the held-out split (or None): as the flags say, else by name."""
+    names = list(splits)
+    refuse_split_flags(args, names)
+    train = args.dataset_train_split or ("train" if "train" in names else None)
+    if train is None and len(names) == 1:
+        train = names[0]
+    if train is None:  # such as train_sft
+        candidates = [name for name in names if name.startswith("train")]
+        train = candidates[0] if len(candidates) == 1 else None
+    if train is None:
+        fail(
+            f"--dataset_path {args.dataset_path}: no split is named train; "
+            f"name one with --dataset_train_split: {', '.join(names)}"
+        )
+    held_out = args.dataset_test_split
+    for name in HELD_OUT_SPLITS:
+        held_out = held_out or next((split for split in names if split == name and split != train), None)
+    suffix = train.removeprefix("train")
+    if not held_out and suffix != train and f"test{suffix}" in names:  # train_sft and test_sft
+        held_out = f"test{suffix}"
+    if train != "train" or (held_out and held_out not in HELD_OUT_SPLITS):
+        print(f"  splits     training {train}, held out {held_out or 'none'}", flush=True)
+    return train, held_out
+
+
+def refuse_split_flags(args, names):
+    for flag in ("dataset_train_split", "dataset_test_split"):
+        wanted = getattr(args, flag)
+        if wanted and wanted not in names:
+            fail(f"--{flag} {wanted}: {args.dataset_path} has no such split; it has {', '.join(names)}")
+
+
+# -----------------------------------------------------------------------------
+# a file, as it is now: no cache is asked
+
+
+def read_file(path):
+    """Return the rows of a file. Every cell of a csv file is a text."""
+    suffix = suffix_of(path)
+    if suffix in (".json", ".jsonl"):
+        return rows_as_texts(read_json_rows(path))
+    if suffix in (".csv", ".tsv"):
+        return read_csv(path, "," if suffix == ".csv" else "\t")
+    with io.BytesIO(read_bytes(path)) as file:
+        if suffix == ".parquet":
+            return datasets.Dataset(pyarrow.parquet.read_table(file))
+        try:
+            return datasets.Dataset(pyarrow.ipc.open_stream(file).read_all())
+        except pyarrow.ArrowInvalid:  # not a stream but a file
+            return datasets.Dataset(pyarrow.ipc.open_file(file).read_all())
+
+
+def read_bytes(path):
+    content = Path(path).read_bytes()
+    if str(path).lower().endswith(".gz"):
+        return gzip.decompress(content)
+    if str(path).lower().endswith(".zst"):
+        return pyarrow.input_stream(pyarrow.BufferReader(content), compression="zstd").read()
+    return content
+
+
+def read_as_text(path):
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{Path(path).name} is not UTF-8: {first_line(error)}") from None
+
+
+def read_json_object(path):
+    """Return {client: rows} of a JSON file that has one, None of any other."""
+    text = read_as_text(path)
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        content = json.loads(text)
+    except ValueError:  # one object a line
+        return None
+    if isinstance(content.get("data"), list) or not content:
+        return None
+    for rows in content.values():
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+            return None
+    return content
+
+
+def read_json_rows(path):
+    """Return the rows of a JSON file: a list, one object a line, or SQuAD as it was published."""
+    name, text = Path(path).name, read_as_text(path)
+    if suffix_of(path) == ".json":
+        try:
+            content = json.loads(text)
+        except ValueError:
+            content = None  # one object a line, as many .json files have
+        if isinstance(content, dict) and isinstance(content.get("data"), list):
+            return rows_of_squad(content["data"])
+        if isinstance(content, dict):
+            content = [content]
+        if content is not None:
+            return checked_rows(content, name)
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise Unreadable(f"{name}, line {number} is not JSON: {error}") from None
+    return checked_rows(rows, name)
+
+
+def checked_rows(rows, name):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise Unreadable(f"{name} is not a list of objects")
+    return rows
+
+
+def rows_of_squad(articles):
+    """Return the questions of SQuAD as published, v1.1 and v2.0, as rows; other lists under `data` as they are."""
+    rows = []
+    for article in articles:
+        if not isinstance(article, dict):
+            raise Unreadable("its data is not a list of objects")
+        if "paragraphs" not in article:
+            rows.append(article)
+            continue
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                answers = [] if question.get("is_impossible") else question["answers"]
+                row = {"context": paragraph["context"], "question": question["question"], "answers": answers}
+                rows.append(row | {"title": article.get("title", "")})
+    return rows
+
+
+def rows_as_texts(rows):
+    return datasets.Dataset.from_dict({JSON_COLUMN: [json.dumps(row) for row in rows]})
+
+
+def read_csv(path, delimiter):
+    name = Path(path).name
+    lines = csv.reader(io.StringIO(read_as_text(path), newline=""), delimiter=delimiter)
+    header = next(lines, None)
+    if not header:
+        raise Unreadable(f"{name} has no header")
+    columns = {column: [] for column in header}
+    if len(columns) < len(header):
+        raise Unreadable(f"{name} has two columns of one name: {', '.join(header)}")
+    for number, cells in enumerate(lines, start=1):
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            raise Unreadable(f"{name}, row {number} has {len(cells)} cells, and the header {len(header)}")
+        for column, cell in zip(header, cells):
+            columns[column].append(cell)
+    return datasets.Dataset.from_dict(columns)
+
+
+def same_columns(tables):
+    """Return several files' rows as one; files of different columns are refused."""
+    if len(tables) == 1:
+        return tables[0]
+    for table in tables:
+        if table.column_names != tables[0].column_names:
+            found = f"{', '.join(tables[0].column_names)}, and {', '.join(table.column_names)}"
+            raise Unreadable(f"its files have different columns: {found}")
+    return datasets.concatenate_datasets(tables)
+
+
+# -----------------------------------------------------------------------------
+# columns and rows
+
+
+def column_counts(rows):
+    """Return {column: how many rows have a value in it}."""
+    counts = collections.Counter()
+    if rows.column_names == [JSON_COLUMN]:
+        for text in rows[JSON_COLUMN]:
+            counts.update(name for name, value in json.loads(text).items() if value not in (None, ""))
+        return counts
+    for name in rows.column_names:
+        counts[name] = sum(value not in (None, "") for value in rows[name])
+    return counts
+
+
+def all_columns(rows):
+    """Return the names of the columns that any row has, in their order."""
+    if rows.column_names != [JSON_COLUMN]:
+        return rows.column_names
+    names = {}
+    for text in rows[JSON_COLUMN]:
+        names |= dict.fromkeys(json.loads(text))
+    return list(names)
+
+
+def row_of(row, renamed):
+    """Return a row as a dict, with its columns under the names that --columns gives them, {name: column}."""
+    if set(row) == {JSON_COLUMN}:
+        row = json.loads(row[JSON_COLUMN])
+    if not renamed:
+        return row
+    return {name: row.get(column) for name, column in renamed.items()}
+
+
+def values_of(rows, column):
+    """Return the values of a column, as texts."""
+    if rows.column_names == [JSON_COLUMN]:
+        return [str(json.loads(text).get(column)) for text in rows[JSON_COLUMN]]
+    return [str(value) for value in rows[column]]
