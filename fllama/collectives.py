@@ -13,6 +13,10 @@ CODE_BLOCK = 1024  # numbers that share a scale in int8; shorter vectors are sen
 CODE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / CODE_BLOCK}  # per number that a client sends
 
 
+class LostContact(ConnectionError):
+    """A rank ends because another one did, and does not know which."""
+
+
 class Client(NamedTuple):
     """One client of the round, as a strategy sees it."""
 
@@ -297,8 +301,8 @@ class Communicator:
             dist.monitored_barrier(timeout=self.timeout, wait_all_ranks=True)
         except RuntimeError as error:
             missing = re.search(r"Ranks ([\d, ]+) failed", str(error))
-            if not missing:
-                raise
+            if not missing:  # only rank 0 knows
+                raise LostContact("rank 0 gave up waiting") from None
             if time.monotonic() - began < 0.9 * self.timeout.total_seconds():
                 raise ConnectionError(f"rank {missing[1]} is gone") from None
             minutes = self.timeout.total_seconds() / 60

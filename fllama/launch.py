@@ -264,7 +264,8 @@ def describe_failure(processes, reports):
             hint = " (as the kernel does when memory runs out)" if code == -signal.SIGKILL else ""
             return 1, f"rank {rank} {how}{hint}"
     failed = [report for report in reports if report and report.code != 0]
-    first = min(failed, key=lambda report: (not report.trace, report.time))  # rather one that has not ended itself
+    # rather one that did not end itself, and knows why
+    first = min(failed, key=lambda report: (not report.trace, report.text.startswith("LostContact"), report.time))
     silent = [str(rank) for rank, report in enumerate(reports) if report is None]
     missing = f"; no report from rank {', '.join(silent)}" if silent else ""
     if first.code == STOPPED:
