@@ -4,10 +4,11 @@ import functools
 import json
 import re
 
+import psutil
 import pytest
 import torch
 from conftest import read_adapters
-from runs import FLAGS, in_order_of_the_model, start_script
+from runs import FLAGS, assert_gone, in_order_of_the_model, start_script, wait_for_round
 from safetensors.torch import load_file
 from workers import poisoned_rank
 
@@ -47,8 +48,11 @@ def test_a_bad_update_is_left_out_on_any_layout(run_here, tmp_path, poison, more
 @pytest.mark.slow
 def test_a_client_that_is_left_out_is_named(small_inputs, tmp_path):
     process = start_script(tmp_path, [*FLAGS, *small_inputs], "workers.poisoned_rank, 1e9, [0]")
+    wait_for_round(tmp_path / "out", 1, process)
+    processes = psutil.Process(process.pid).children(recursive=True)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
+    assert_gone(processes)
     line = r"  client 0 is left out of round 2: its update is [\d,]{7,} times as long as the median\n"
     assert len(re.findall(line, output)) == 1 and output.count("left out") == 1
 

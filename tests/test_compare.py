@@ -8,7 +8,7 @@ import pytest
 
 import main
 import utils
-from fllama import compare, launch
+from fllama import compare, launch, options
 from fllama.compare import compare_rows, comparison_row, comparison_tables
 
 # -----------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_centralized_trains_on_what_the_clients_train_on(compared, tmp_path, mon
     assert centralized["held_out"] == fedavg["held_out"] and centralized["global"] == fedavg["global"]
     parts = [centralized["train"][0], *centralized["held_out"], centralized["global"]]
     assert sorted(sum(parts, [])) == list(range(80))
-    assert (args.world_size, args.num_clients, args.aggregator) == (1, 1, "none")
+    assert (args.world_size, options.training_clients(args), args.aggregator) == (1, (1, 1), "none")
 
 
 def test_resumed_comparison(compared, tmp_path, capsys):

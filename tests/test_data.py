@@ -133,3 +133,10 @@ def test_packed_rows_do_not_see_each_other(tmp_path, rows_of_other_lengths, atte
     packed, gradient = loss_and_gradient([trainer.data_collator(sequences)])
     assert packed == pytest.approx(alone, rel=1e-5)
     assert (gradient - expected).norm() / expected.norm() <= 1e-5
+
+
+def test_no_row_predicts_the_first_token_of_the_next():
+    """Where a row begins, there is no loss, even if it has no prompt."""
+    batch = {"labels": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    batch = data.collate_packs(lambda sequences: batch | {"attention_mask": torch.ones(1, 4)}, [])
+    assert batch["labels"].tolist() == [[-100, 6, -100, 8]] and "attention_mask" not in batch

@@ -130,10 +130,16 @@ def test_aggregation_error_against_dense_matrices():
 
 
 def test_aggregation_error_of_equal_clients_is_zero():
-    """What rounding leaves of zero may be negative before the root."""
     assert error_of(CASES["svd of equals"], Communicator(0, 1), range(3)) < 1e-6
     nothing = CASES["svd of equals"] | {"start": torch.full((18,), -1.0)}  # no adapter at all
     assert error_of(nothing, Communicator(0, 1), range(3)) == 0
+
+
+def test_aggregation_error_that_is_rounded_below_zero(monkeypatch):
+    """Of Gram matrices, what should be 0 may come out below it."""
+    squares = [-1e-12, 4.0] * 5  # of the error and of the product, layer by layer
+    monkeypatch.setattr(flexlora, "squared_product_norm", lambda a, b, weights: squares.pop(0))
+    assert error_of(CASES["svd"], Communicator(0, 1), range(3)) == 0
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(2, "idle"), (5, "machines")])

@@ -1,5 +1,6 @@
 """Whatever happens to a rank or the program: a clear sentence, nobody left, and a run that goes on to the same bits."""
 
+import argparse
 import functools
 import os
 import random
@@ -9,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from conftest import read_adapters
+from conftest import read_adapters, write_rows
 from runs import (
     DEFAULT_SIGINT,
     FLAGS,
@@ -25,7 +26,7 @@ from runs import (
 )
 from workers import troubled_rank
 
-from fllama import runlog
+from fllama import launch, runlog
 
 slow = pytest.mark.slow
 MANY = "--num_clients 6 --clients_per_round 4 "  # two turns a round and rank
@@ -138,6 +139,15 @@ def test_stopped_program(run_here, undisturbed, small_inputs, tmp_path, number, 
     assert_gone(processes)
     assert run_here(" ".join([*LONG, "--resume"])) == (0, "")
     assert_same(tmp_path, undisturbed(" ".join(LONG)))
+
+
+def test_what_a_request_to_stop_is_answered(tmp_path):
+    """How long it takes: as the last round did, all its parts together."""
+    args = argparse.Namespace(output_dir=str(tmp_path))
+    assert launch.describe_stop(args) == "finishing the round and saving (no round has ended yet)"
+    first, last = ({"seconds": {"local": local, "average": 0.5, "eval": 2, "save": 0.1}} for local in (200, 61.2))
+    write_rows(tmp_path / "rounds.jsonl", [first, last])
+    assert launch.describe_stop(args) == "finishing the round and saving (a round takes about 64 s)"
 
 
 @slow

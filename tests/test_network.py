@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import assert_nowhere, run_main
-from runs import FLAGS, LONG, start, start_script, wait_for_round
+from runs import FLAGS, LONG, assert_gone, start, start_script, wait_for_round
 
 import main
 from fllama import checkpoints
@@ -33,6 +33,7 @@ def test_nothing_listens_beyond_loopback(small_inputs, tmp_path):
     listening = [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN or not socket.raddr]
     process.terminate()
     process.communicate()
+    assert_gone(processes)
     assert len(listening) >= 2  # gloo's, one a rank
     assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
 
@@ -112,6 +113,7 @@ def test_token_and_rows_stay_private_in_a_run_that_fails(small_inputs, tmp_path)
     seen = " ".join(text for child in children for text in [*child.cmdline(), *child.environ().values()])
     output = "".join(process.communicate())
     assert process.returncode == 1 and "RuntimeError: something with a line" in output
+    assert_gone(children)
     assert seen.count("forkserver") >= 3
     (tmp_path / "script.py").unlink()
     (tmp_path / "rows.jsonl").unlink()

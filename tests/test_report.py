@@ -16,9 +16,9 @@ from fllama import publish, report, runlog
 
 def entry_of(number, eval_loss=None, **more):
     """An entry of rounds.jsonl, of two clients."""
-    seconds = {"local": 1.25, "average": 0.5, "eval": 0.25, "save": 0.0}
+    seconds = {"local": 1.5, "average": 0.5, "eval": 0.25, "save": 0.0}
     entry = {"round": number, "clients": [0, 1], "client_train_loss": [2.0, 1.0], "train_loss": 1.5, "rejected": []}
-    entry |= {"eval_loss": eval_loss, "update_norm": 0.0125, "aggregation_error": None, "peak_memory_gb": 1.5}
+    entry |= {"eval_loss": eval_loss, "update_norm": 0.02, "aggregation_error": None, "peak_memory_gb": 1.5}
     return entry | {"tokens": 100, "bytes": 8, "seconds": seconds} | more
 
 
@@ -26,7 +26,7 @@ def test_line_of_a_round():
     args = main.parse_args(["--num_rounds", "20"])
     line = report.round_line(args, entry_of(3, 1.25, aggregation_error=0.034))
     assert line == (
-        "round  3/20 | train 1.5000 | eval 1.2500 | update 1.2e-02 | local 1.2s | average 0.5s | 1.5 GB | "
+        "round  3/20 | train 1.5000 | eval 1.2500 | update 2.0e-02 | local 1.5s | average 0.5s | 1.5 GB | "
         "aggregation error 3.4%"
     )
     not_evaluated = report.round_line(args, entry_of(4))
@@ -40,7 +40,7 @@ SCORES = {"before": {"exact_match": 1.0, "f1": 2.0}, "after": {"exact_match": 30
 def test_summary_by_hand():
     rounds = [entry_of(1), entry_of(2, 1.5, rejected=[1]), entry_of(3), entry_of(4, 1.25, bytes=10)]
     summary = report.summarize(rounds, [10, 20], SCORES, CLIENTS, 96)
-    assert summary["seconds"] == {"local": 5.0, "average": 2.0, "eval": 1.0, "save": 0.0}
+    assert summary["seconds"] == {"local": 6.0, "average": 2.0, "eval": 1.0, "save": 0.0}
     assert (summary["rounds"], summary["clients"], summary["rows"], summary["tokens"]) == (4, 2, [10, 20], 400)
     assert summary["eval_loss"] == {"first": 1.5, "last": 1.25} and summary["rejected"] == 1
     assert (summary["bytes"], summary["bytes_per_round"], summary["answered"]) == (34, 10, 96)

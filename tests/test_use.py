@@ -5,9 +5,10 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from conftest import FINISHED_RUN, ROOT, run_main
+from conftest import FINISHED_RUN, ROOT
 
 import main
 from fllama import formats, options, use
@@ -55,10 +56,11 @@ def test_ask_names_the_models_of_clients(of_clients, capsys):
     assert capsys.readouterr().out
 
 
-def test_a_base_that_does_not_fit_is_refused(of_clients, capsys):
-    folder = of_clients / "client_models" / "client_1"
+def test_a_base_that_does_not_fit_is_refused(of_clients, tmp_path, capsys):
+    folder, other = of_clients / "client_models" / "client_1", tmp_path / "other"
+    other.symlink_to(options.EMBEDDED_MODEL)
     with pytest.raises(SystemExit) as stop:
-        main.main(["--ask", "Why?", "--output_dir", str(folder), "--model_name", f"{options.EMBEDDED_MODEL}/."])
+        main.main(["--ask", "Why?", "--output_dir", str(folder), "--model_name", str(other)])
     assert stop.value.code == 2 and "does not fit the adapter in" in capsys.readouterr().err
 
 
@@ -95,17 +97,21 @@ def test_merge(finished, tmp_path, capsys):
     assert loss / tokens == pytest.approx(logged, abs=3e-3)  # merged into the weights before rounding to NF4: 4.3e-3
 
 
-def test_push_to_hub(hub, finished, tmp_path):
+def test_push_to_hub(hub, finished, tmp_path, monkeypatch, capsys):
     """A finished run is uploaded, to a private repository; without a token that may write nothing begins."""
     shutil.copytree(finished[0], tmp_path / "run")
-    flags = [*FINISHED_RUN, "--output_dir", tmp_path / "run", "--resume", "--push_to_hub", "org/new"]
-    environment = {"HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path / "home")}
-    refused = run_main(*flags, **environment, HF_TOKEN="hf_wrong")
-    assert refused.returncode == 2 and "a token that may write there" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
-    process = run_main(*flags, **environment, HF_TOKEN="hf_secret")
-    assert process.returncode == 0, process.stderr
-    assert "org/new" in process.stdout and "hf_secret" not in process.stdout + process.stderr
+    flags = [*FINISHED_RUN, "--output_dir", str(tmp_path / "run"), "--resume", "--push_to_hub", "org/new"]
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(SystemExit) as stop:
+        main.main(flags)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "a token that may write there" in said.err and len(said.err.splitlines()) == 1
+    assert "hf_wrong" not in said.out + said.err and not hub.created and not hub.uploaded
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    main.main(flags)
+    said = capsys.readouterr()
+    assert "org/new" in said.out and "hf_secret" not in said.out + said.err
     assert hub.created == {"org/new": True}
     assert json.loads(hub.uploaded["org/new/adapter_config.json"])["base_model_name_or_path"] == "tiny-llama"
     assert all(str(ROOT).encode() not in content for content in hub.uploaded.values())
