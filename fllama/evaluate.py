@@ -18,7 +18,8 @@ from fllama.formats import end_of_turn
 LONGEST_ANSWER = 256  # tokens, unless --max_new_tokens says otherwise
 LONG_ANSWERS = 32  # tokens: where the median accepted answer is longer, exact match says little
 THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-ARTICLES = {"a", "an", "the"}
+OPENING, CLOSING = "\"'([{“‘«*_`", "\"')]}”’»*_`.,;:!?…"  # around words
+SIGNS = set("+-<>=±≤≥−%#$€£°")  # that count in words; - only at either end
 
 
 class Loss(NamedTuple):
@@ -78,7 +79,10 @@ def answer_limit(args, tokenizer, questions):
     """Return how many tokens an answer may have: as the longest accepted one, up to LONGEST_ANSWER, or as told."""
     if args.max_new_tokens:
         return args.max_new_tokens
-    return min(LONGEST_ANSWER, max(accepted_lengths(tokenizer, questions), default=1) + 2)  # a space, an end of turn
+    lengths = accepted_lengths(tokenizer, questions)
+    for length, prompt_length in zip(questions["length"], questions["prompt_length"]):
+        lengths.append(length - prompt_length)  # with what the template puts around an answer, such as <think>
+    return min(LONGEST_ANSWER, max(lengths, default=1) + 2)  # a space, an end of turn
 
 
 def accepted_lengths(tokenizer, questions):
@@ -107,9 +111,20 @@ def answer(model, tokenizer, rows, batch_size, max_new_tokens):
         tokens = model.generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
         for ids, accepted in zip(tokens.tolist(), batch["references"]):
             cut = not set(ids) & set(ends)
-            text = THINKING.sub("", tokenizer.decode(ids, skip_special_tokens=True))
-            answers.append(Answered(text.strip(), accepted, cut))
+            end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+            answers.append(Answered(without_thinking(tokenizer, ids[:end]), accepted, cut))
     return answers
+
+
+def without_thinking(tokenizer, ids):
+    """Return an answer as text, without special tokens and without what is between <think> and </think>.
+
+    Thinking that was begun in the prompt has only its end in the answer; one that was cut has only its beginning.
+    """
+    text = THINKING.sub("", tokenizer.decode(ids)).rsplit("</think>", 1)[-1]
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text.strip()
 
 
 # -----------------------------------------------------------------------------
@@ -120,8 +135,8 @@ def score(answers):
     """Return the scores of answers, in percent: exact match, F1, ROUGE-L, and both of SQuAD's own script.
 
     Exact match and F1 are SQuAD's (Rajpurkar et al. 2016, arXiv:1606.05250) for words: without case, punctuation and
-    articles. Unlike in its script, numbers, signs and single letters count as they are: 1.5 is not 15, -5 is not 5, +
-    is not -, and an answer that is nothing but an article or a sign is not empty. Of an accepted answer with ####
+    articles. Unlike in its script, numbers, signs and single letters count as they are: 1.5 is not 15, -5 is not 5, AB+
+    is not AB-, and an answer that is nothing but an article or a sign is not empty. Of an accepted answer with ####
     (GSM8K, Cobbe et al. 2021, arXiv:2110.14168), what follows is compared. ROUGE-L: Lin 2004, by torchmetrics.
     """
     if not answers:
@@ -154,20 +169,33 @@ def final_parts(text, accepted):
     """Return both texts, or what follows #### in both if the accepted one has it."""
     if "####" not in accepted:
         return text, accepted
-    return text.rsplit("####", 1)[-1], accepted.rsplit("####", 1)[-1]
+    finals = text.rsplit("####", 1)[-1], accepted.rsplit("####", 1)[-1]
+    return tuple(re.sub(r"(?<=\d),(?=\d{3})", "", final) for final in finals)  # 1,000 is 1000, as in its own script
 
 
 def normalize(text):
     """Return the words of a text as they are compared, see `score`."""
-    words = []
-    for word in text.lower().split():
-        if any(character.isdigit() for character in word):
-            words.append(word.strip("\"'()[]{}").rstrip(".,;:!?"))
-        else:
-            letters = "".join(character for character in word if character.isalnum())
-            if letters not in ARTICLES | {""}:
-                words.append(letters)
+    words, parts = [], text.split()
+    for place, part in enumerate(parts):
+        word = part.lstrip(OPENING).rstrip(CLOSING).lower()
+        if not any(character.isdigit() for character in word):
+            inner = "".join(character for character in word[1:-1] if character.isalnum() or character in SIGNS - {"-"})
+            edges = [
+                character if character.isalnum() or character in SIGNS else ""
+                for character in (word[:1], word[1:][-1:])
+            ]
+            word = edges[0] + inner + edges[1]
+        if word and not is_article(part, place, parts):
+            words.append(word)
     return words or text.lower().split()
+
+
+def is_article(part, place, parts):
+    """Whether a word is the, an, or an a that is no letter: at the end, capital in the middle, or with punctuation."""
+    word = part.lstrip(OPENING)
+    if word.rstrip(CLOSING).lower() in ("an", "the"):
+        return True
+    return place + 1 < len(parts) and (word == "a" or word == "A" and place == 0)
 
 
 def word_f1(words, accepted):
@@ -178,8 +206,13 @@ def word_f1(words, accepted):
     return 2 * common / (len(words) + len(accepted))
 
 
+def keep_letters(text):
+    """Return a text in lower case, its letters and digits alone; torchmetrics' own keeps those of English only."""
+    return re.sub(r"[\W_]+", " ", text.lower())
+
+
 def rouge_l(text, accepted):
-    return rouge_score(text, accepted, rouge_keys="rougeL")["rougeL_fmeasure"].item()
+    return rouge_score(text, accepted, rouge_keys="rougeL", normalizer=keep_letters)["rougeL_fmeasure"].item()
 
 
 # -----------------------------------------------------------------------------
@@ -265,7 +298,8 @@ def score_clients(args, comm, trainer, rows, own_clients, clients):
 
 def headline(tokenizer, questions):
     """Return the names of the scores that say most: exact match and F1, or for long answers others."""
-    lengths = accepted_lengths(tokenizer, questions)
+    finals = [[final_parts("", text)[1] for text in accepted] for accepted in questions["references"]]
+    lengths = accepted_lengths(tokenizer, {"references": finals})  # of what is compared
     if not lengths:
         return ["perplexity", "token_accuracy"]
     if statistics.median(lengths) > LONG_ANSWERS:

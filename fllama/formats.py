@@ -1,7 +1,10 @@
 """The forms that rows come in, each turned into a conversation, and conversations into tokens that carry loss."""
 
+import ast
 import functools
 import json
+import math
+import re
 from typing import NamedTuple
 
 import datasets
@@ -21,7 +24,12 @@ TOKENIZED = datasets.Features(
     references=List(Value("string")),  # the accepted answers
     problem=Value("string"),
 )
+PROBE = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+OTHER_ANSWER = "\u2603"  # begins and ends with tokens that hardly any answer has
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class BadRow(Exception):
@@ -55,7 +63,8 @@ def read_squad(row):
 
 def list_answers(answers):
     """Return the accepted answers in any of the shapes that data sets have; [] if the question is unanswerable."""
-    answers = parsed(answers)
+    if isinstance(answers, str):
+        answers = parsed_answers(answers)
     if isinstance(answers, dict):
         answers = answers.get("text", [])
     if answers is None:
@@ -69,6 +78,20 @@ def list_answers(answers):
             raise BadRow("an answer is not a text, or empty")
         texts.append(answer)
     return texts
+
+
+def parsed_answers(text):
+    """Return answers that a csv file holds as text: JSON, or as Python writes them; any other text is the answer."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            found = parse(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, dict) or found == [] or isinstance(found, list) and isinstance(found[0], (str, dict)):
+            return found
+    if text.lstrip().startswith(("{'text'", '{"text"')):  # such as {'text': array(...)}
+        raise BadRow("answers is a text that is not JSON")
+    return text
 
 
 def read_context_answer(row):
@@ -147,6 +170,8 @@ def read_pair(question, answer):
 def read_prompt_completion(row):
     """TRL's prompt and completion: two texts, as they are, or two lists of messages."""
     prompt, completion = parsed_messages(row.get("prompt")), parsed_messages(row.get("completion"))
+    if isinstance(prompt, str) or isinstance(completion, str):  # then neither is a list of messages
+        prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise BadRow("completion is empty")
@@ -227,12 +252,14 @@ def parsed_list(value, name):
 def parsed_messages(value):
     """Return a list of messages that comes as JSON text; a text that is none stays a text."""
     found = parsed(value)
-    return found if isinstance(found, list) and found and isinstance(found[0], dict) else value
+    if isinstance(found, list) and found and isinstance(found[0], dict) and {"role", "from"} & set(found[0]):
+        return found
+    return value
 
 
 def text_of(row, name, may_be_empty=False):
     value = row.get(name)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if value is None and may_be_empty:
         value = ""
@@ -269,13 +296,19 @@ def tokenize_row(row, form, tokenizer, max_length, learn="all", date=None):
             ids, answers = tokenize_text(conversation, tokenizer)
         else:
             ids, answers = tokenize_messages(conversation, tokenizer, learn, date)
-        return label(ids, answers, conversation, max_length) | {"problem": ""}
+        row = label(ids, answers, conversation, max_length)
+        " ".join([row["question"], *row["references"]]).encode()  # which half of a surrogate pair cannot be
+        return row | {"problem": ""}
     except BadRow as error:
         problem = str(error)
-    except (TemplateError, UnicodeError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except REFUSALS as error:
         problem = f"the chat template or the tokenizer refuses it: {type(error).__name__}: {error}"
     empty = {"input_ids": [], "labels": [], "length": 0, "answer_length": 0, "prompt_length": 0, "truncated": False}
-    return empty | {"question": "", "references": [], "problem": " ".join(problem.split())[:200]}
+    return empty | {
+        "question": "",
+        "references": [],
+        "problem": " ".join(problem.split())[:200].encode("utf-8", "replace").decode(),
+    }
 
 
 class Answer(NamedTuple):
@@ -322,16 +355,16 @@ def tokenize_text(conversation, tokenizer):
 def tokenize_messages(conversation, tokenizer, learn, date):
     """Return (tokens, answers) of messages in the model's chat template."""
     messages = conversation.messages
-    if messages[0]["role"] == "system" and not utils.has_system_role(tokenizer):
+    if messages[0]["role"] == "system" and not keeps_system(tokenizer):
         messages = utils.fold_system(messages)
     render = functools.partial(apply_template, tokenizer, tools=conversation.tools, date=date)
     ids = render(messages)
-    turn_end, answers = end_of_turn(tokenizer), []
+    answers = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        first = common_prefix(ids, render(messages[:i], add_generation_prompt=True)) if i else 0
-        end = find_end(ids, first, message["content"], turn_end, tokenizer)
+        first = find_first(ids, messages, i, render)
+        end = find_end(ids, first, messages, i, render, tokenizer)
         question = messages[i - 1]["content"] if i else ""
         answers.append(Answer(first, end, question, message["content"]))
     if learn == "last":
@@ -339,24 +372,57 @@ def tokenize_messages(conversation, tokenizer, learn, date):
     return ids[: answers[-1].end], answers
 
 
+@functools.cache
+def keeps_system(tokenizer):
+    """Whether the chat template has a system message at the same place before and after the answer (Mistral's: no)."""
+    if not utils.has_system_role(tokenizer):
+        return False
+    probe = [{"role": "system", "content": "a-system-message"}, *PROBE]
+    return "a-system-message" in tokenizer.apply_chat_template(probe, tokenize=False)
+
+
 def apply_template(tokenizer, messages, tools=None, date=None, **more):
     """Return the tokens of messages in the chat template; a template that asks for the day gets `date`."""
-    if date is not None:
-        more["strftime_now"] = date.strftime
+    if date is not None and isinstance(tokenizer.chat_template, str):
+        more["chat_template"] = template_of_day(tokenizer.chat_template, date)
     return tokenizer.apply_chat_template(messages, tools=tools, **more)["input_ids"]
 
 
-def find_end(ids, first, content, turn_end, tokenizer):
-    """Return where an answer that begins at `first` ends: behind the token that ends its turn."""
+@functools.cache
+def template_of_day(template, date):
+    """Return a chat template that asks for no date, but has `date` in it: a resumed run tokenizes alike."""
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(date.strftime(call[2])), template)
+
+
+def find_first(ids, messages, i, render):
+    """Return where the answer in messages[i] begins: behind what the model is given when it is asked.
+
+    Where the template writes that otherwise once it is answered, it begins with the words of the answer.
+    """
+    if i:
+        asked = render(messages[:i], add_generation_prompt=True)
+        first = common_prefix(ids, asked)
+        if first >= len(asked) - 1:  # the last token may have grown by the beginning of the answer
+            return first
+    other = {"role": "assistant", "content": OTHER_ANSWER}
+    return common_prefix(ids, render([*messages[:i], other, *messages[i + 1 :]]))
+
+
+def find_end(ids, first, messages, i, render, tokenizer):
+    """Return where the answer in messages[i], which begins at `first`, ends: behind the token that ends its turn."""
+    turn_end, rest = end_of_turn(tokenizer), len(ids)
+    if i + 1 < len(messages):
+        rest = max(first, common_prefix(ids, render(messages[: i + 1])))  # what follows is of others
     if turn_end is None:
-        return len(ids)
+        return rest
+    content = messages[i]["content"]
     inside = tokenizer(content, add_special_tokens=False)["input_ids"].count(turn_end)  # someone wrote it there
-    for i in range(first, len(ids)):
-        if ids[i] == turn_end:
+    for place in range(first, len(ids)):
+        if ids[place] == turn_end:
             if not inside:
-                return i + 1
+                return place + 1
             inside -= 1
-    return len(ids)
+    return rest
 
 
 @functools.cache
@@ -364,15 +430,14 @@ def end_of_turn(tokenizer):
     """Return the token with which the chat template ends the assistant's turns, None if it has none."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
-    probe = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
     try:
-        ids = tokenizer.apply_chat_template(probe)["input_ids"]
-        first = common_prefix(ids, tokenizer.apply_chat_template(probe[:1], add_generation_prompt=True)["input_ids"])
-    except (TemplateError, TypeError, ValueError, KeyError):
+        ids = tokenizer.apply_chat_template(PROBE)["input_ids"]
+        others = tokenizer.apply_chat_template([PROBE[0], PROBE[1] | {"content": OTHER_ANSWER}])["input_ids"]
+    except REFUSALS:
         return tokenizer.eos_token_id
+    behind = common_prefix(ids[::-1], others[::-1])  # so many tokens stand behind the answer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ends = [token for token in ids[first:] if token in special]
-    return ends[-1] if ends else None
+    return next((token for token in ids[len(ids) - behind :] if token in special), None)
 
 
 def common_prefix(ids, others):

@@ -37,18 +37,18 @@ def load_base(args, model_path, device):
     QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
     """
     dtype = compute_dtype(args, device)
-    quantization = None
-    if args.load_in_4bit and not is_quantized(model_path):  # what is in 4 bits is loaded as it is
-        quantization = BitsAndBytesConfig(
+    how = {}
+    if args.load_in_4bit and not is_quantized(model_path):  # weights that are in 4 bits are loaded as they are
+        how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     model = AutoModelForCausalLM.from_pretrained(
         model_path,
         dtype=dtype,
-        quantization_config=quantization,
         attn_implementation=args.attn_implementation,
         device_map={"": device},
         trust_remote_code=False,
+        **how,
     )
     if args.load_in_4bit:
         keep_4bit_layout(model)

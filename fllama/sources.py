@@ -6,8 +6,10 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,15 @@ from datasets.exceptions import DatasetNotFoundError
 from fllama.options import fail, first_line
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first of these that a data set has
+SPLIT_WORDS = {"train": "train", "training": "train", "eval": "test", "evaluation": "test", "testing": "test"}
+SPLIT_WORDS |= {
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+UNTOLD_FOLDERS = {*SPLIT_WORDS, "data", "all"}  # folders of these names are no clients
 READERS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".zst")
 JSON_COLUMN = "json"  # rows of JSON files are kept as texts: their fields may be of several types
@@ -37,6 +48,9 @@ class Unreadable(Exception):
     """Says what is wrong with a file."""
 
 
+UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error, csv.Error, pyarrow.ArrowException)
+
+
 # -----------------------------------------------------------------------------
 # a data set
 
@@ -50,14 +64,23 @@ def find_source(args):
         if os.path.isfile(path):
             fail(f"--dataset_path {path}: not a {', '.join(READERS)} file (each also as {' or '.join(PACKED)})")
         if os.path.isdir(path):
-            return read_folder(Path(path), args)
+            return with_clients(args, read_folder(Path(path), args))
     except Unreadable as error:
         fail(f"--dataset_path {path}: cannot be read: {error}")
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+    except RecursionError:
+        fail(f"--dataset_path {path}: cannot be read: it is nested too deeply")
+    except UNREADABLE as error:
         fail(f"--dataset_path {path}: cannot be read: {first_line(error)}")
     if path.startswith((".", "/", "~")) or path.endswith((*READERS, *PACKED)):
         fail(f"--dataset_path {path}: no such file or folder")
-    return read_hub(args)
+    return with_clients(args, read_hub(args))
+
+
+def with_clients(args, source):
+    """Return a source, which has to name clients if --partition asks for them."""
+    if args.partition in ("folder", "file") and source.clients is None:
+        fail(f"--partition {args.partition}: {args.dataset_path} names no clients; leave it out")
+    return source
 
 
 def is_data_file(path):
@@ -77,27 +100,63 @@ def default_partition(path):
     path = Path(path)
     if path.is_dir() and client_folders(path):
         return "folder"
-    if path.is_file() and suffix_of(path) == ".json" and read_json_object(path):
-        return "file"
+    if path.is_file() and suffix_of(path) == ".json":
+        try:
+            content = read_json_object(path)
+        except (Unreadable, RecursionError, *UNREADABLE):  # which is said when the rows are read
+            return "iid"
+        if content and not set(content) <= {"train", *HELD_OUT_SPLITS}:
+            return "file"
     return "iid"
 
 
 def client_folders(folder):
-    """Return the subfolders that hold rows, unless they are named as splits are."""
-    names = set()
-    for path in folder.rglob("*"):
-        if path.parent != folder and is_data_file(path):
-            names.add(path.relative_to(folder).parts[0])
-    return set() if names & {"train", "data", "all", *HELD_OUT_SPLITS} else names
+    """Return the names of the subfolders that hold rows, if there are several and nothing says otherwise.
+
+    Those of `save_to_disk`, and of a card that names configs, are none.
+    """
+    if is_saved(folder) or has_configs(folder):
+        return set()
+    names = {client_folder(path.relative_to(folder)) for path in data_files(folder)} - {None}
+    return names if len(names) > 1 else set()
+
+
+def client_folder(relative):
+    """Return the first folder of a path that is not named as a split is, None if there is none."""
+    return next((part for part in relative.parts[:-1] if part.lower() not in UNTOLD_FOLDERS), None)
+
+
+def data_files(folder):
+    """Return the data files in a folder and its subfolders, without hidden ones."""
+    files = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+        if not hidden and path.name not in ("dataset_infos.json", "dataset_info.json") and is_data_file(path):
+            files.append(path)
+    return files
+
+
+def is_saved(folder):
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def has_configs(folder):
+    """Whether the card of a data set says which files are of which split."""
+    card = folder / "README.md"
+    return card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.M)
 
 
 def read_single_file(path, args):
-    refuse_split_flags(args, ["train"])
     content = read_json_object(path) if suffix_of(path) == ".json" else None
     if content is None:
-        if args.partition in ("folder", "file"):
-            fail(f"--partition {args.partition}: {path} names no clients; leave it out")
-        return Source(read_file(path), None)
+        refuse_split_flags(args, ["train"])
+        return with_clients(args, Source(read_file(path), None))
+    if set(content) <= {"train", *HELD_OUT_SPLITS}:
+        train, held_out = choose_splits(args, content)
+        return with_clients(
+            args, Source(rows_as_texts(content[train]), rows_as_texts(content[held_out]) if held_out else None)
+        )
+    refuse_split_flags(args, ["train"])
     names, rows = [], []
     for client, own_rows in content.items():
         names += [client] * len(own_rows)
@@ -106,7 +165,7 @@ def read_single_file(path, args):
 
 
 def read_folder(folder, args):
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if is_saved(folder):
         data = datasets.load_from_disk(str(folder))
         data = data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
         train, held_out = choose_splits(args, data)
@@ -117,8 +176,8 @@ def read_folder(folder, args):
     for path in files[train]:
         table, relative = read_file(path), path.relative_to(folder)
         tables.append(table)
-        name = relative.parts[0] if args.partition != "file" else str(relative)
-        names += [name] * len(table)
+        name = client_folder(relative) or path.name
+        names += [str(relative) if args.partition == "file" else name] * len(table)
     held_out_tables = [read_file(path) for path in files[held_out]] if held_out else []
     named = args.partition in ("folder", "file") or bool(client_folders(folder))
     clients = clients_or_word(args, names) if named else None
@@ -137,15 +196,47 @@ def clients_or_word(args, names):
 
 
 def files_of_splits(folder, args):
-    """Return {split: files} of a folder, as the library that reads data sets from the hub finds them."""
+    """Return {split: files} of a folder: as its card says, else by the names of the files and folders."""
+    if has_configs(folder) or args.dataset_config:
+        return files_of_card(folder, args)
+    files, unnamed = collections.defaultdict(list), []
+    for path in data_files(folder):
+        split = split_of(path.relative_to(folder))
+        (files[split] if split else unnamed).append(path)
+    if "train" in files and unnamed:
+        names = ", ".join(str(path.relative_to(folder)) for path in unnamed)
+        print(f"  files      not read, as others are named train: {names}", flush=True)
+    elif unnamed:
+        files["train"] = unnamed
+    if not files:
+        raise Unreadable(f"no {', '.join(READERS)} file is in it")
+    return files
+
+
+def split_of(relative):
+    """Return the split that a file or one of its folders is named after, None if none is."""
+    name = relative.name
+    if shard := re.match(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}", name):  # train_sft-00000-of-00001.parquet
+        return SPLIT_WORDS.get(shard[1].lower(), shard[1])
+    words = [word for word in re.split(r"[\W_\d]+", name.lower()[: name.find(".")]) if word in SPLIT_WORDS]
+    words += [part.lower() for part in reversed(relative.parts[:-1]) if part.lower() in SPLIT_WORDS]
+    return SPLIT_WORDS[words[0]] if words else None
+
+
+def files_of_card(folder, args):
+    """Return {split: files} of a folder with a card, as the library that reads data sets from the hub finds them."""
     try:
         with tempfile.TemporaryDirectory() as cache:  # the usual one may be another user's
-            builder = datasets.load_dataset_builder(str(folder), args.dataset_config, cache_dir=cache)
+            named = Path(cache, "named")  # [ and ] in the name of the folder itself would be taken for a pattern
+            named.symlink_to(folder.resolve())
+            builder = datasets.load_dataset_builder(str(named), args.dataset_config, cache_dir=cache)
+            found = builder.config.data_files or {}
+            found = {str(split): [os.path.relpath(path, named) for path in paths] for split, paths in found.items()}
     except (FileNotFoundError, DatasetNotFoundError, ValueError, KeyError) as error:
         raise Unreadable(" ".join(str(error).split())[:400]) from None
     files = {}
-    for split, paths in (builder.config.data_files or {}).items():
-        files[str(split)] = sorted(Path(path) for path in paths if is_data_file(path))
+    for split, paths in found.items():
+        files[split] = sorted(folder / path for path in paths if is_data_file(folder / path))
     files = {split: paths for split, paths in files.items() if paths}
     if not files:
         raise Unreadable(f"no {', '.join(READERS)} file is in it")
@@ -260,7 +351,7 @@ def read_json_object(path):
         content = json.loads(text)
     except ValueError:  # one object a line
         return None
-    if isinstance(content.get("data"), list) or not content:
+    if isinstance(content.get("data"), list) or len(content) < 2 and "train" not in content:
         return None
     for rows in content.values():
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -279,11 +370,12 @@ def read_json_rows(path):
         if isinstance(content, dict) and isinstance(content.get("data"), list):
             return rows_of_squad(content["data"])
         if isinstance(content, dict):
-            content = [content]
+            values = list(content.values())
+            content = values[0] if len(values) == 1 and isinstance(values[0], list) else [content]
         if content is not None:
             return checked_rows(content, name)
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # not at U+2028, which may stand in a text
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -316,7 +408,7 @@ def rows_of_squad(articles):
 
 
 def rows_as_texts(rows):
-    return datasets.Dataset.from_dict({JSON_COLUMN: [json.dumps(row) for row in rows]})
+    return datasets.Dataset.from_dict({JSON_COLUMN: [json.dumps(row, default=str) for row in rows]})
 
 
 def read_csv(path, delimiter):
@@ -339,9 +431,11 @@ def read_csv(path, delimiter):
 
 
 def same_columns(tables):
-    """Return several files' rows as one; files of different columns are refused."""
+    """Return several files' rows as one; files of different columns are refused, but those of JSON may have any."""
     if len(tables) == 1:
         return tables[0]
+    if any(table.column_names == [JSON_COLUMN] for table in tables):
+        tables = [table if table.column_names == [JSON_COLUMN] else rows_as_texts(table) for table in tables]
     for table in tables:
         if table.column_names != tables[0].column_names:
             found = f"{', '.join(tables[0].column_names)}, and {', '.join(table.column_names)}"
