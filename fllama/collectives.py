@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fllama import narrow
-from fllama.narrow import Encoded, decode, encode
+from fllama.narrow import Encoded, encode, scales_of_stretch
 
 
 class LostContact(ConnectionError):
@@ -345,15 +345,14 @@ class Communicator:
             self.count_bytes(lengths_out, sent.element_size(), group)
 
         heads = list(itertools.chain.from_iterable(everyone))
-        rows = received.view(len(heads), size)
-        values = rows.float()
+        values = received.view(len(heads), size).float()
         weights = torch.empty(len(heads), dtype=torch.float64, device=values.device)
         senders = []
         for i, (sender, weight, scales) in enumerate(heads):
             senders.append(sender)
             weights[i] = weight
             if scales is not None:
-                values[i] = decode(rows[i], scales, first=sum(sizes[:rank]))
+                values[i] *= scales_of_stretch(scales, sum(sizes[:rank]), size, values.device)
         order = sorted(range(len(senders)), key=senders.__getitem__)
         if order != list(range(len(senders))):
             values, weights = values[order], weights[order]

@@ -32,23 +32,29 @@ def encode(vector, dtype, residuals, name):
         return vector, None
     if name in residuals:
         vector = vector + residuals[name].to(vector.device)
+    else:
+        vector = vector.clone()  # what follows works in place
     if dtype == "bfloat16":
         codes, scales = vector.bfloat16(), None
         rounded = codes.float()
     else:
         blocks = torch.nn.functional.pad(vector, (0, -len(vector) % CODE_BLOCK)).view(-1, CODE_BLOCK)
-        scales = torch.maximum(blocks.amax(dim=1), -blocks.amin(dim=1)).clamp_min(1e-30) / 127
+        scales = torch.maximum(blocks.amax(dim=1), -blocks.amin(dim=1)).clamp_min_(1e-30) / 127
         whole = (blocks / scales[:, None]).round_()
         codes = whole.to(torch.int8).view(-1)[: len(vector)]
         rounded = whole.mul_(scales[:, None]).view(-1)[: len(vector)]
         scales = scales.cpu()
-    residuals[name] = (vector - rounded).cpu()
+    residuals[name] = vector.sub_(rounded).cpu()
     return codes, scales
+
+
+def scales_of_stretch(scales, first, length, device):
+    """Return the scale (C,) of each int8 number of a stretch that begins at coordinate `first` of the whole vector."""
+    block, skipped = divmod(first, CODE_BLOCK)
+    end = block + (skipped + length) // CODE_BLOCK + 1
+    return scales[block:end].to(device).repeat_interleave(CODE_BLOCK)[skipped : skipped + length]
 
 
 def decode(codes, scales, first):
     """Return the float32 numbers of int8 codes (C,) that begin at coordinate `first` of the whole vector."""
-    block, skipped = divmod(first, CODE_BLOCK)
-    end = block + (skipped + len(codes)) // CODE_BLOCK + 1
-    scales = scales[block:end].to(codes.device).repeat_interleave(CODE_BLOCK)
-    return codes.float() * scales[skipped : skipped + len(codes)]
+    return codes.float() * scales_of_stretch(scales, first, len(codes), codes.device)
