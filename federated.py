@@ -52,7 +52,8 @@ def local_train(rank, args, run):
         evaluating, saving = is_due(args, number, args.eval_rounds), is_due(args, number, args.save_rounds)
         plan = rows.plan[number - 1]
         trained, shared = parts_of_round(args, number)
-        parameters = train_parts(model, trained, shared)  # RoLoRA trains B and A in turn
+        if number == first_round or len(server.strategy_states) > 1:  # RoLoRA trains B and A in turn
+            parameters = train_parts(model, trained, shared)
         clients.move(plan.moves, comm)  # to the ranks that play them now
 
         # 1. local training: this rank plays its clients in turn, and talks to nobody

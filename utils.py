@@ -115,8 +115,8 @@ def median(clients, state):
         n = len(ordered)
         return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
-    values, _ = clients.shards()
-    return clients.join(by_coordinate(middle, values))
+    medians = by_coordinate(middle, clients.shards()[0])  # then the shards are freed
+    return clients.join(medians)
 
 
 def trimmed_mean(clients, state, trim_fraction=0.2):
@@ -129,8 +129,8 @@ def trimmed_mean(clients, state, trim_fraction=0.2):
         cut = min(int(trim_fraction * len(ordered)), (len(ordered) - 1) // 2)  # some clients may have been rejected
         return ordered[cut : len(ordered) - cut].mean(dim=0)
 
-    values, _ = clients.shards()
-    return clients.join(by_coordinate(mean, values))
+    means = by_coordinate(mean, clients.shards()[0])  # then the shards are freed
+    return clients.join(means)
 
 
 def krum(clients, state, num_malicious=1):

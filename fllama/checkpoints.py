@@ -156,7 +156,8 @@ def is_finished(folder):
 
 def cut_back(folder, checkpoint):
     """Put away what a run has left after the checkpoint from which it goes on, None: from the beginning."""
-    shutil.rmtree(folder / "checkpoints" / "staging", ignore_errors=True)
+    for path in folder.glob("checkpoints/staging_*"):  # of a checkpoint that was not finished
+        shutil.rmtree(path)
     for path in folder.glob("checkpoints/round_*"):
         if path.name > (checkpoint.name if checkpoint else ""):
             path.rename(path.with_name(f"torn_{path.name}_{time.time_ns()}"))
@@ -177,12 +178,12 @@ def round_of(checkpoint):
 
 
 def write_checkpoint(output_dir, server, lora, clients, comm):
-    """Write the files of a checkpoint into checkpoints/staging; all ranks participate.
+    """Write the files of a checkpoint into a folder for `commit_checkpoint`; all ranks participate.
 
     Every rank writes its clients, so that any number of ranks can go on from them; rank 0 writes the server and all
     LoRA parameters. Returns {file name: [size, sha256]} of all ranks' files.
     """
-    staging = Path(output_dir, "checkpoints", "staging")
+    staging = staging_folder(output_dir, server.rounds_done)
     staging.mkdir(parents=True, exist_ok=True)
     files = {}
 
@@ -200,21 +201,26 @@ def write_checkpoint(output_dir, server, lora, clients, comm):
 
 
 def commit_checkpoint(output_dir, rounds_done, files, comm):
-    """Make a checkpoint of checkpoints/staging by one rename, and remove all but the newest; all ranks participate."""
+    """Make a checkpoint of the files by one rename, and remove all but the newest; all ranks participate."""
     if comm.rank == 0:
-        folder = Path(output_dir, "checkpoints")
+        folder, staging = Path(output_dir, "checkpoints"), staging_folder(output_dir, rounds_done)
         manifest = {"round": rounds_done, "files": files}
-        utils.write_aside(folder / "staging" / "manifest.json", json.dumps(manifest))
-        flush(folder / "staging" / "manifest.json")
+        utils.write_aside(staging / "manifest.json", json.dumps(manifest))
+        flush(staging / "manifest.json")
         for log in [*Path(output_dir).glob("*_loss.json"), Path(output_dir, "rounds.jsonl")]:
             if log.exists():
                 flush(log)  # a checkpoint has every round before it in the logs, even after a power cut
-        flush(folder / "staging")
-        (folder / "staging").rename(folder / f"round_{rounds_done:05d}")
+        flush(staging)
+        staging.rename(folder / f"round_{rounds_done:05d}")
         flush(folder)
         for old in sorted(folder.glob("round_*"))[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
     comm.meet()  # nobody begins another before this one is moved
+
+
+def staging_folder(output_dir, rounds_done):
+    """Return where the files of a checkpoint are written: another folder each time, as other machines cache names."""
+    return Path(output_dir, "checkpoints", f"staging_{rounds_done:05d}")
 
 
 def load_server(checkpoint, device):

@@ -1,6 +1,7 @@
-"""What ranks send each other: small messages, sums, and shards of vectors; narrow dtypes with error feedback."""
+"""What ranks send each other: small messages, sums, and shards of vectors."""
 
 import datetime
+import itertools
 import re
 import time
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-CODE_BLOCK = 1024  # numbers that share a scale in int8; shorter vectors are sent as they are
-CODE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / CODE_BLOCK}  # per number that a client sends
+from fllama import narrow
+from fllama.narrow import Encoded, encode, scales_of_stretch
 
 
 class LostContact(ConnectionError):
@@ -32,19 +33,6 @@ class Update(NamedTuple):
     weight: float
     update: torch.Tensor | Path  # (P,), or the file that holds it
     residuals: dict  # what rounding to a narrow dtype kept back (error feedback); changed by `Clients`
-
-
-class Encoded(NamedTuple):
-    """The vector of one sender, as it travels."""
-
-    sender: int  # number of the client, or of the machine
-    weight: float
-    codes: torch.Tensor  # (P,), float32, bfloat16 or int8
-    scales: torch.Tensor | None = None  # of int8: float32, one per CODE_BLOCK numbers, in host memory
-
-    def num_bytes(self):
-        scales = 0 if self.scales is None else 4 * self.scales.numel()
-        return self.codes.numel() * self.codes.element_size() + scales
 
 
 # -----------------------------------------------------------------------------
@@ -197,43 +185,6 @@ def even_sizes(total, parts):
 
 
 # -----------------------------------------------------------------------------
-# narrow dtypes
-
-
-def encode(vector, dtype, residuals, name):
-    """Return (codes, scales) of a vector (P,) as `dtype`; scales are None except for int8.
-
-    What rounding loses is kept in residuals[name], and added to what is sent by this name next time: error feedback,
-    Seide et al. 2014 (Interspeech), Karimireddy et al. 2019 (arXiv:1901.09847).
-    """
-    vector = vector.reshape(-1).float()
-    if dtype == "float32":
-        return vector, None
-    if name in residuals:
-        vector = vector + residuals[name].to(vector.device)
-    if dtype == "bfloat16":
-        codes, scales = vector.bfloat16(), None
-        rounded = codes.float()
-    else:
-        blocks = torch.nn.functional.pad(vector, (0, -len(vector) % CODE_BLOCK)).view(-1, CODE_BLOCK)
-        scales = torch.maximum(blocks.amax(dim=1), -blocks.amin(dim=1)).clamp_min(1e-30) / 127
-        whole = (blocks / scales[:, None]).round_()
-        codes = whole.to(torch.int8).view(-1)[: len(vector)]
-        rounded = whole.mul_(scales[:, None]).view(-1)[: len(vector)]
-        scales = scales.cpu()
-    residuals[name] = (vector - rounded).cpu()
-    return codes, scales
-
-
-def decode(codes, scales, first):
-    """Return the float32 numbers of int8 codes (C,) that begin at coordinate `first` of the whole vector."""
-    block, skipped = divmod(first, CODE_BLOCK)
-    end = block + (skipped + len(codes)) // CODE_BLOCK + 1
-    scales = scales[block:end].to(codes.device).repeat_interleave(CODE_BLOCK)
-    return codes.float() * scales[skipped : skipped + len(codes)]
-
-
-# -----------------------------------------------------------------------------
 # ranks and machines
 
 
@@ -334,10 +285,10 @@ class Communicator:
 
     def is_narrow(self, vector):
         """Whether a vector is sent in fewer bits than it has."""
-        return self.average_dtype != "float32" and vector.numel() >= CODE_BLOCK
+        return self.average_dtype != "float32" and vector.numel() >= narrow.CODE_BLOCK
 
     def sums_by_machine(self, vector):
-        return self.num_machines > 1 and vector.numel() >= CODE_BLOCK
+        return self.num_machines > 1 and vector.numel() >= narrow.CODE_BLOCK
 
     def sends_codes(self, vector):
         """Whether each client's vector travels for itself, and not the sum of this rank's clients."""
@@ -393,14 +344,15 @@ class Communicator:
             dist.all_to_all_single(received, sent, lengths_in, lengths_out, group=group or self.everyone)
             self.count_bytes(lengths_out, sent.element_size(), group)
 
-        heads = [head for part in everyone for head in part]
-        rows = received.view(len(heads), size)
-        values = rows.float()
-        weights = torch.tensor([weight for _, weight, _ in heads], dtype=torch.float64, device=values.device)
-        for i, (_, _, scales) in enumerate(heads):
+        heads = list(itertools.chain.from_iterable(everyone))
+        values = received.view(len(heads), size).float()
+        weights = torch.empty(len(heads), dtype=torch.float64, device=values.device)
+        senders = []
+        for i, (sender, weight, scales) in enumerate(heads):
+            senders.append(sender)
+            weights[i] = weight
             if scales is not None:
-                values[i] = decode(rows[i], scales, first=sum(sizes[:rank]))
-        senders = [sender for sender, _, _ in heads]
+                values[i] *= scales_of_stretch(scales, sum(sizes[:rank]), size, values.device)
         order = sorted(range(len(senders)), key=senders.__getitem__)
         if order != list(range(len(senders))):
             values, weights = values[order], weights[order]
@@ -420,9 +372,10 @@ class Communicator:
             return vector.float()
         self.spread([stretches[rank] for rank in self.ranks_of(self.machine)], self.here)
         if self.is_first_here():
-            ranks = [self.ranks_of(machine) for machine in range(self.num_machines)]
-            by_machine = vector.split([sum(sizes[rank] for rank in those) for those in ranks])
-            self.spread(by_machine, self.firsts)
+            sizes_by_machine = [0] * self.num_machines
+            for machine, size in zip(self.machine_of_rank, sizes):
+                sizes_by_machine[machine] += size
+            self.spread(vector.split(sizes_by_machine), self.firsts)
         dist.broadcast(vector, group=self.here, group_src=0)  # all ranks of this machine participate
         return vector.float()
 
@@ -469,5 +422,5 @@ def interleave(vectors, sizes, dtype, device):
     if len(vectors) == 1:
         return vectors[0]
     stretches = [vector.split(sizes) for vector in vectors]
-    parts = [stretch for same_rank in zip(*stretches) for stretch in same_rank]
+    parts = list(itertools.chain.from_iterable(zip(*stretches)))
     return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)

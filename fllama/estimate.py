@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fllama import checkpoints, options, prepare
-from fllama.collectives import CODE_BYTES
+from fllama.narrow import CODE_BYTES
 from fllama.options import fail
 
 SAMPLED_ROWS = 1000  # are tokenized

@@ -8,7 +8,7 @@ import torch
 
 import utils
 from fllama import options
-from fllama.collectives import CODE_BYTES
+from fllama.narrow import CODE_BYTES
 
 SECONDS = ("local", "average", "eval", "save")  # of a round, in rounds.jsonl
 SHOWN_CLIENTS, SHOWN_LABELS = 24, 8  # lines and columns of the table of the split; partition.json has all

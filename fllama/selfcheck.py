@@ -3,8 +3,8 @@
 import torch
 
 from fllama import flexlora
-from fllama.collectives import Encoded
 from fllama.launch import EndRun
+from fllama.narrow import Encoded
 from fllama.runlog import digest, turns_of
 
 MEASURED_ADAPTERS = 16  # adapters of a round that are kept for the aggregation error; of more clients, fewer layers
@@ -28,27 +28,26 @@ def before_training(comm, log, trainer, start, first_rate, data, resumed):
     wrapped = trainer.model_wrapped
     if trainer.args.torch_compile:
         wrapped = getattr(wrapped, "_orig_mod", wrapped)
-    ranks = comm.meet(
-        {
-            "wrapped": type(wrapped).__name__,
-            "processes": trainer.accelerator.num_processes,
-            "start": digest(start),
-            "rate": first_rate,
-            "fresh": None if resumed else fresh_rows(data),
-        }
+    own = (
+        type(wrapped).__name__,
+        trainer.accelerator.num_processes,
+        digest(start),
+        first_rate,
+        None if resumed else fresh_rows(data),
     )
-    kinds = sorted({rank["wrapped"] for rank in ranks})
-    alone = all(rank["processes"] == 1 for rank in ranks) and kinds == [type(trainer.model).__name__]
+    wrappers, processes, starts, rates, fresh = zip(*comm.meet(own))  # of all ranks
+    kinds, different_starts = sorted(set(wrappers)), sorted(set(starts))
+    alone = set(processes) == {1} and kinds == [type(trainer.model).__name__]
     check(comm, log, alone, f"no DDP: every rank trains a {', '.join(kinds)} of its own")
-    starts = sorted({rank["start"] for rank in ranks})
-    shown = " and ".join(start[:8] for start in starts)
-    check(comm, log, len(starts) == 1, f"same start: {shown} on {len(ranks)} rank(s)")
-    lowest = min(rank["rate"] for rank in ranks)
-    check(comm, log, lowest > 0, f"learns from the first step on: learning rate {lowest:.2e}")
-    counts = [rank["fresh"] for rank in ranks if rank["fresh"]]
-    if counts:
-        new, read = sum(each["new"] for each in counts), sum(each["read"] for each in counts)
-        passed = all(each["new"] >= each["unread"] for each in counts)
+    shown = " and ".join(start[:8] for start in different_starts)
+    check(comm, log, len(different_starts) == 1, f"same start: {shown} on {len(starts)} rank(s)")
+    check(comm, log, min(rates) > 0, f"learns from the first step on: learning rate {min(rates):.2e}")
+    new = read = 0
+    passed = True
+    for counts in filter(None, fresh):
+        new, read = new + counts["new"], read + counts["read"]
+        passed = passed and counts["new"] >= counts["unread"]
+    if read:
         check(comm, log, passed, f"fresh data next round: {new} of {read} rows of second turns are not in the first")
 
 
@@ -119,17 +118,14 @@ def aggregation_error(comm, turns, measured):
     with its adapter. All ranks participate, each with some of the layers.
     """
     shapes = [parameter.shape for parameter in measured]
-    adapters = {turn.client: turn.adapter.to(comm.device) for turn in turns}
+    chosen = range(len(shapes))
     if comm.num_machines > 1:  # adapters have to travel: measure fewer layers
-        chosen = [i for i in range(len(shapes)) if i // 2 % THINNED == 0]
-        sizes = [shape.numel() for shape in shapes]
-        for client, adapter in adapters.items():
-            parts = adapter.split(sizes)
-            adapters[client] = torch.cat([parts[i] for i in chosen])
-        shapes = [shapes[i] for i in chosen]
-
-    layers, sizes = flexlora.deal_layers(shapes, comm.world_size)
-    encoded = [Encoded(turn.client, turn.weight, adapters[turn.client]) for turn in turns]
+        chosen = [i for i in chosen if i // 2 % THINNED == 0]
+    sizes, encoded = [shape.numel() for shape in shapes], []
+    for turn in turns:
+        parts = turn.adapter.to(comm.device).split(sizes)
+        encoded.append(Encoded(turn.client, turn.weight, torch.cat([parts[i] for i in chosen])))
+    layers, sizes = flexlora.deal_layers([shapes[i] for i in chosen], comm.world_size)
     values, weights = comm.exchange(encoded, sizes)
     p = weights / weights.sum()
     squares = torch.zeros(2, dtype=torch.float64, device=comm.device)  # of the error, of the product

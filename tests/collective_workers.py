@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import utils
-from fllama import collectives, selfcheck
+from fllama import narrow, selfcheck
 from fllama.clients import Turn
 from fllama.collectives import Clients, Communicator, Update
 
@@ -163,7 +163,7 @@ def strategies_rank(rank, folder, world_size, layout):
     machine_of_rank = MACHINES if layout == "machines" else None
     if layout == "machines":
         result["streams"] = average_by_streams(rank)
-        collectives.CODE_BLOCK = 2  # that short vectors take this way, too
+        narrow.CODE_BLOCK = 2  # that short vectors take this way, too
     if not layout:
         result["plain"] = plain_mean(rank, world_size)
         result["calls"] = calls_of_fedavg(rank, folder)

@@ -70,8 +70,8 @@ def test_resume_passes_over_what_is_torn(copy, run_here, undisturbed):
         path.write_text(text)
     log = copy / "rounds.jsonl"
     log.write_text(log.read_text()[:-100])
-    (copy / "checkpoints" / "staging").mkdir()
-    (copy / "checkpoints" / "staging" / "client_0.pt").write_bytes(b"")
+    (copy / "checkpoints" / "staging_00004").mkdir()
+    (copy / "checkpoints" / "staging_00004" / "client_0.pt").write_bytes(b"")
     assert run_here("--resume") == (0, "")
     assert "passing over checkpoints/round_00004: client_1.pt is torn" in run_here.output
     assert "resuming after round 3 of 4" in run_here.output

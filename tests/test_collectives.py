@@ -14,7 +14,8 @@ from collective_workers import (
 )
 
 import utils
-from fllama.collectives import CODE_BLOCK, Clients, Communicator, Update, decode, encode, even_sizes
+from fllama.collectives import Clients, Communicator, Update, even_sizes
+from fllama.narrow import CODE_BLOCK, decode, encode
 
 
 def run(folder, world_size, layout=""):

@@ -38,7 +38,7 @@ def test_stop_and_resume(tmp_path):
     for path in (checkpoints / "round_00003").rglob("*"):
         if path.is_file():
             path.unlink()
-    (checkpoints / "round_00003").rename(checkpoints / "staging")
+    (checkpoints / "round_00003").rename(checkpoints / "staging_00003")
     process = run_main(*flags, "--output_dir", tmp_path / "out", "--resume")
     assert process.returncode == 0, process.stderr
     resumed = (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()

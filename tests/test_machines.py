@@ -1,6 +1,7 @@
 """Several machines under torchrun: the same result as one, whatever happens to them or to the wires between."""
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -159,8 +160,6 @@ def test_more_strategies_and_ranks(one_machine, small_inputs, tmp_path, ranks, m
 @pytest.mark.slow
 def test_clients_that_are_found_in_the_data(small_inputs, tmp_path):
     """A client of each of two sites; how many there are is known late. Only rank 0 needs the rows."""
-    import json
-
     lines = [json.loads(line) for line in open(small_inputs[3])]
     rows = [line | {"site": "north" if i % 3 else "south"} for i, line in enumerate(lines)]
     (tmp_path / "sites.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -236,7 +235,8 @@ def test_a_job_is_stopped(two_machines, small_inputs, tmp_path):
             outputs = outputs_of(started, timeout=40)
             assert all(process.returncode for process in started)
             assert_nobody_is_left(both)
-            assert "finishing the round and saving (a round takes about 1 s); torchrun waits 30 s for it" in outputs[0]
+            said = r"finishing the round and saving \(a round takes about \d+ s\); torchrun waits 30 s for it"
+            assert re.search(said, outputs[0])
             last = read_rounds(tmp_path)[-1]["round"]
             assert number <= last < 12 and find_fault(tmp_path / "checkpoints" / f"round_{last:05d}") is None
             assert not (tmp_path / "federated_global_model").exists()
@@ -270,8 +270,8 @@ def test_cut_for_good(one_machine, small_inputs, tmp_path, lost):
     """After --timeout, the machine with the agents' store goes on alone, also if the other one had rank 0."""
     left = 1 - lost
     with machines(2) as both:
-        flags = [*FLAGS, *MEDIAN, *small_inputs, "--timeout", "0.1", "--output_dir", tmp_path]
-        more = {"nodes": "1:2", "conf": SOON, "more": ["--max_restarts", "2"], "store": left}
+        flags = [*FLAGS, *MEDIAN, *small_inputs, "--timeout", "0.2", "--output_dir", tmp_path]
+        more = {"nodes": "1:2", "conf": SOON, "more": ["--max_restarts", "3"], "store": left}
         started = [both.torchrun(i, *flags, **more) for i in (0, 1)]
         wait_for_round(tmp_path, 3, started)
         both.cut(lost)
@@ -302,7 +302,7 @@ def test_far_apart_over_a_bad_line(two_machines, small_inputs, tmp_path):
 def assert_refused(both, flags, pattern, folders, **more):
     """Both machines, each with its flags, end over one line that fits the pattern, and write nothing into `folders`."""
     started = [both.torchrun(i, *flags[i], **{name: values[i] for name, values in more.items()}) for i in (0, 1)]
-    outputs = outputs_of(started, timeout=60)
+    outputs = outputs_of(started, timeout=100)
     assert [process.returncode in (1, 2) for process in started] == [True, True], "\n\n".join(outputs)
     lines = [line for output in outputs for line in output.splitlines() if line.startswith("main.py: ")]
     assert len(lines) == 1 and re.fullmatch(f"main.py: error: {pattern}", lines[0]), "\n\n".join(outputs)
@@ -353,7 +353,7 @@ def test_shared_store_is_refused(small_inputs, tmp_path):
     flags = [*FLAGS, *small_inputs, "--output_dir", tmp_path / "out"]
     with machines(2) as both:
         started = [both.torchrun(i, *flags, sharing=True) for i in (0, 1)]
-        for output in outputs_of(started, timeout=60):
+        for output in outputs_of(started, timeout=100):
             lines = [line for line in output.splitlines() if line.startswith("main.py: ")]
             assert len(lines) == 1 and re.fullmatch(f"main.py: error: {pattern}", lines[0]), output
     assert all(process.returncode == 1 for process in started) and not (tmp_path / "out").exists()
@@ -391,7 +391,7 @@ def test_full_disk(small_inputs, tmp_path, number):
         with machines(number) as each:
             flags = [*FLAGS, *small_inputs, "--output_dir", out]
             started = [each.torchrun(i, *flags, ranks=2 // number) for i in range(number)]
-            outputs = outputs_of(started, timeout=60)
+            outputs = outputs_of(started, timeout=100)
     finally:
         ip("umount", out)
     assert all(process.returncode == 1 for process in started)
@@ -429,11 +429,11 @@ def test_flags_under_torchrun(monkeypatch, capsys, flags, message):
 
 def test_standalone(small_inputs, tmp_path):
     """torchrun on one machine needs no variable, and its ranks listen on loopback only."""
-    flags = [*FLAGS[2:], *small_inputs, "--num_rounds", "3", "--num_clients", "2", "--output_dir", tmp_path]
+    flags = [*FLAGS[2:], *small_inputs, "--num_rounds", "6", "--num_clients", "2", "--output_dir", tmp_path]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {name: value for name, value in os.environ.items() if "TORCH_DISABLE_SHARE" not in name}
     process = subprocess.Popen(
-        [*map(str, [*command, ROOT / "main.py", *flags])],
+        list(map(str, [*command, ROOT / "main.py", *flags])),
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     wait_for_round(tmp_path, 1, [process])
@@ -442,8 +442,8 @@ def test_standalone(small_inputs, tmp_path):
     (output,) = end([process])
     listening = {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets if socket.status == psutil.CONN_LISTEN}
     assert len(ranks) == 2 and listening and listening <= {"127.0.0.1", "::1"}
-    assert "gloo, 2 rank(s)\n" in output and "round 3/3" in output
-    assert [entry["bytes_between_machines"] for entry in read_rounds(tmp_path)] == [0, 0, 0]
+    assert "gloo, 2 rank(s)\n" in output and "round 6/6" in output
+    assert [entry["bytes_between_machines"] for entry in read_rounds(tmp_path)] == [0] * 6
 
 
 def test_slurm_script_of_the_docs():

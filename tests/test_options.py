@@ -12,7 +12,7 @@ from workers import layouts_rank
 import main
 import utils
 from fllama import launch, options, runlog
-from fllama.collectives import CODE_BLOCK
+from fllama.narrow import CODE_BLOCK
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do it")
 
