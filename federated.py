@@ -1,4 +1,8 @@
-"""The life of one rank: `local_train`. A round reads as the paper writes it: local steps, one averaging, and again."""
+"""The life of one rank: `local_train`. A round reads as in FedAvg (McMahan et al. 2017): local steps, one averaging.
+
+Words: a client is who owns rows; a rank plays several clients in turn; a Turn is what a client hands in for a round; an
+update is how far its shared LoRA parameters moved, as one float32 vector (P,).
+"""
 
 import datetime
 import math
@@ -17,6 +21,7 @@ from fllama.clients import LocalClients
 from fllama.collectives import Communicator, load_vector
 from fllama.model import build_optimizer, build_trainer, load_model, load_tokenizer, lora_parameters, silence_libraries
 
+NO_TENSOR = "nothing"  # in no tensor's name
 BAD_RATIO = 1000  # an update longer than so many times the median of its round is rejected
 
 
@@ -31,7 +36,7 @@ def local_train(rank, args, run):
     rows = data.load_client_data(rank, args, run)
     model, tokenizer = load_model(args, run.model_path, device), load_tokenizer(run.model_path)
     trainer = build_trainer(args, run, device, model, tokenizer)  # a toolbox: its train() is never called
-    learning_rate = build_optimizer(args, trainer)
+    learning_rate_at = build_optimizer(args, trainer)  # (round, local step) -> rate; sets trainer.optimizer
     lora, private = lora_parameters(model), private_parameters(args, model)
     server, clients = start_or_resume(args, run, comm, trainer, rows, lora, private)
     if rank == 0 and not args.quiet:
@@ -40,11 +45,14 @@ def local_train(rank, args, run):
         server.scores_before = evaluate.score_before(args, comm, trainer, rows)
     log = runlog.RunLog(rank, args, rows, server.rounds_done)
     first_round = server.rounds_done + 1
-    start = server.start if run.checkpoint else utils.flatten_parameters(lora)  # on resume, what is private differs
-    first_rate = learning_rate(min(first_round, args.num_rounds), 0)  # after the last round, nothing is left to learn
+    # what all ranks must agree on: all of LoRA; after a resume only the shared part, as each client has its own rest
+    start = server.start if run.checkpoint else utils.flatten_parameters(lora)
+    first_rate = learning_rate_at(
+        min(first_round, args.num_rounds), 0
+    )  # after the last round, nothing is left to learn
     selfcheck.before_training(comm, log, trainer, start, first_rate, rows, bool(run.checkpoint))
     measured = selfcheck.measured_parameters(lora, len(rows.plan[0].clients()))
-    strategy = options.strategy_of(args)
+    strategy, alternates = options.strategy_of(args), len(variant_of(args)) > 1  # RoLoRA trains B and A in turn
     stop_request = launch.StopRequest(announcement(rank, args, run))  # Ctrl-C and SIGTERM
     number, ended = server.rounds_done, ""
 
@@ -52,7 +60,7 @@ def local_train(rank, args, run):
         evaluating, saving = is_due(args, number, args.eval_rounds), is_due(args, number, args.save_rounds)
         plan = rows.plan[number - 1]
         trained, shared = parts_of_round(args, number)
-        if number == first_round or len(server.strategy_states) > 1:  # RoLoRA trains B and A in turn
+        if number == first_round or alternates:
             parameters = train_parts(model, trained, shared)
         clients.move(plan.moves, comm)  # to the ranks that play them now
 
@@ -64,7 +72,7 @@ def local_train(rank, args, run):
             turn.tokens, turn.rows_read = data.count_tokens(sequences), rows.rows_of_turn(client, number)
             batches = data.read_batches(sequences, trainer)
             local_steps(
-                args, trainer, batches, parameters, server, clients.state_of(client), turn, number, learning_rate
+                args, trainer, batches, parameters, server, clients.state_of(client), turn, number, learning_rate_at
             )
             hand_in(turn, parameters, private, server.start)
             if number == first_round:
@@ -117,13 +125,14 @@ def local_train(rank, args, run):
         seconds["eval"] = log.lap()
 
         server.rounds_done = number
-        if len(server.strategy_states) > 1:  # RoLoRA: the next round shares the other half
-            server.start = utils.flatten_parameters(train_parts(model, *parts_of_round(args, number + 1)), comm.device)
-        asked = [rank for rank, each in enumerate(reports) if each.asked_to_stop and number < args.num_rounds]
+        if alternates:  # the next round shares the other half
+            next_parameters = train_parts(model, *parts_of_round(args, number + 1))
+            server.start = utils.flatten_parameters(next_parameters, comm.device)
+        asked = [other for other, each in enumerate(reports) if each.asked_to_stop and number < args.num_rounds]
         if saving or asked:
             files = checkpoints.write_checkpoint(args.output_dir, server, lora, clients, comm)
         seconds["save"] = log.lap()
-        rate = learning_rate(number, args.local_steps - 1)
+        rate = learning_rate_at(number, args.local_steps - 1)
         log.round(number, rate, reports, rejected, update_norm, error, seconds, averaged)
         if saving or asked:
             log.wait()  # a checkpoint has every round before it in the logs
@@ -133,7 +142,7 @@ def local_train(rank, args, run):
             raise launch.EndRun(launch.STOPPED, f"rank {asked[0]} was ended by SIGTERM")
 
     # the end: answer the questions again, and write down what the run has come to
-    stop_request.ignore()  # nothing is left to save
+    stop_request.ignore()  # all rounds are saved; a signal now ends the process at once
     log.close()
     last_clients = rows.plan[number - 1].shares[rank]
     results = evaluate.score_clients(args, comm, trainer, rows, last_clients, clients)
@@ -173,7 +182,7 @@ def start_or_resume(args, run, comm, trainer, rows, lora, private):
         server, vector = checkpoints.load_server(run.checkpoint, comm.device)
     else:
         vector = utils.flatten_parameters(lora, comm.device)
-        comm.meet()
+        comm.meet()  # names ranks that never came; a broadcast would not
         comm.broadcast(vector)  # from a different A on each rank, the first average would be noise
     utils.unflatten_parameters(lora, vector)
     if not run.checkpoint:
@@ -201,7 +210,7 @@ def variant_of(args):
     """Return (what a client trains, what of that it shares), by a part of the tensors' names; one per kind of round."""
     variant = utils.LORA_VARIANTS[args.lora_variant]
     if args.aggregator == "none":
-        return [(trained, "nothing") for trained, _ in variant]
+        return [(trained, NO_TENSOR) for trained, _ in variant]
     return variant
 
 
@@ -228,7 +237,7 @@ def private_parameters(args, model):
 # 1. local training
 
 
-def local_steps(args, trainer, batches, parameters, server, client_state, turn, number, learning_rate):
+def local_steps(args, trainer, batches, parameters, server, client_state, turn, number, learning_rate_at):
     """Take the optimizer steps of a client in round `number`; notes in `turn` what came of them."""
     # its dropout masks are its own, whatever its rank did before
     torch.manual_seed(int(np.random.SeedSequence([args.seed, turn.client, number]).generate_state(1)[0]))
@@ -242,7 +251,7 @@ def local_steps(args, trainer, batches, parameters, server, client_state, turn, 
         gradient_sums = [torch.zeros_like(parameter) for parameter in parameters]
 
     for step in range(args.local_steps):
-        # forward and backward, summed over the micro-batches; then clip
+        # forward and backward, summed over the micro-batches; the loss's gradient is clipped before the terms below
         samples, num_tokens = trainer.get_batch_samples(batches, args.gradient_accumulation_steps, loss.device)
         for sample in samples:
             loss += trainer.training_step(trainer.model_wrapped, sample, num_tokens)
@@ -257,7 +266,7 @@ def local_steps(args, trainer, batches, parameters, server, client_state, turn, 
                 total += parameter.grad.nan_to_num(0, 0, 0)  # fp16 may overflow, and the step is then skipped
                 parameter.grad += correction
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(number, step)
+            group["lr"] = learning_rate_at(number, step)
         scale = scaler.get_scale() if scaler else None
         optimizer.step()
         optimizer.zero_grad()
@@ -278,7 +287,7 @@ def hand_in(turn, parameters, private, start):
 
 
 def put_aside(turn, path):
-    """Write an update into a file until the round ends: a rank holds one update in memory, not one per client."""
+    """Write an update into a file until the round ends: a rank holds one in memory, however many clients it plays."""
     torch.save(turn.update, path)
     turn.update = path
 
@@ -379,7 +388,7 @@ def is_due(args, number, rounds):
 
 def announcement(rank, args, run):
     """Return a function that says what a request to stop does, for rank 0 of torchrun; else main.py says it."""
-    if rank > 0 or run.rendezvous:
+    if rank > 0 or not run.by_torchrun:
         return None
     return lambda: f"{launch.describe_stop(args)}; torchrun waits 30 s for it"
 

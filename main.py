@@ -21,6 +21,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.res
 import argparse
 import contextlib
 import errno
+import functools
 import shutil
 import signal
 import sys
@@ -50,7 +51,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage="python main.py [flags]     (python main.py --help lists them)",
         description="Federated fine-tuning of LLaMA. With no flag: the embedded model on the embedded data.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=options.HelpWithDefaults,
     )
     add = parser.add_argument_group("federation").add_argument
     add("--world_size", type=positive(int), default=options.ranks_of_torchrun() or 8, help="processes; one per GPU")
@@ -63,7 +64,7 @@ def parse_args(argv=None):
     add("--client_state", choices=["keep", "reset"], default="keep", help="AdamW's moments of a client after its turn")
     add("--prox_mu", type=not_negative, default=0, help="FedProx: pull of the round's start on each local step")
     add("--on_bad_update", choices=["skip", "fail"], default="skip", help="NaN, infinite, or 1,000 x the median length")
-    add("--scaffold", action="store_true", help="SCAFFOLD: correct local gradients by the mean of all clients'")
+    add("--scaffold", action="store_true", help="SCAFFOLD: plus the mean gradient of all clients, minus the own")
 
     add = parser.add_argument_group("server (default: the strategy's own, see utils.py)").add_argument
     add("--server_lr", type=positive(float), help="step of fedavgm, diloco, fedadagrad, fedadam, fedyogi")
@@ -114,7 +115,8 @@ def parse_args(argv=None):
     add("--torch_compile", action="store_true", help="compile the model in its first steps")
     add("--use_liger_kernel", action="store_true", help="fused layers on GPUs: pip install liger-kernel")
 
-    add = (run := parser.add_argument_group("run")).add_argument
+    run = parser.add_argument_group("run")
+    add = run.add_argument
     add("--output_dir", default="outputs", help="folder for all that the run leaves behind")
     either = run.add_mutually_exclusive_group().add_argument
     either("--overwrite", action="store_true", help="remove an earlier run from output_dir")
@@ -134,7 +136,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("comparing").add_argument
     add("--compare", metavar="A,B,...", help=f'a run for each of {", ".join(compare.ARMS)}; "fedavg --local_steps 32"')
     add("--repeats", type=positive(int), default=1, help="of --compare, with other seeds and other splits")
-    add("--centralized", action="store_true", help="one client trains on the rows of all, as many a step as they would")
+    add(
+        "--centralized",
+        action="store_true",
+        help="one client trains on all rows, its steps as large as all steps of a round",
+    )
 
     add = parser.add_argument_group("the finished model in output_dir").add_argument
     add("--ask", nargs="?", const="", metavar="QUESTION", help="answer it (without one: lines from the terminal)")
@@ -156,13 +162,13 @@ def parse_args(argv=None):
 def main(argv=None, target=None):
     """Run the program with the flags `argv`; `target(rank, args, run)` is what each rank does (None: `run_rank`)."""
     flags, target = prepare_process(argv), target or run_rank
-    with one_line_if_disk_is_full():
+    with one_line_if_unwritable():
         if options.ranks_of_torchrun():
             machines.quiet_but_first()
             args = parse_args(flags)
             token, command = args.hf_token, options.describe_command(flags, args.hf_token)
-            prepared = lambda args: prepared_run(args, command)  # noqa: E731
-            if machines.join(args, torch.cuda.device_count(), prepared, target):
+            prepare_all = functools.partial(prepared_run, command=command)
+            if machines.join(args, torch.cuda.device_count(), prepare_all, target):
                 use.push(args, token)
             return
         args = parse_args(flags)
@@ -182,7 +188,7 @@ def main(argv=None, target=None):
 def run_once(args, flags, target):
     """Run one federation on this machine: prepare, launch the ranks, publish."""
     checkpoints.check_output_dir(args)
-    if not torch.cuda.device_count():
+    if not torch.cuda.device_count():  # a GPU's driver does not survive a fork
         launch.start_imports()
     token = args.hf_token
     with prepared_run(args, options.describe_command(flags, token)) as run:
@@ -204,10 +210,9 @@ def prepared_run(args, command):
     config = checkpoints.make_config(args, num_gpus=num_gpus, versions=versions, started=started.isoformat())
     checkpoint = checkpoints.find_checkpoint(args, config)
     model_path, model_config, tokenizer = prepare.find_model(args)
-    if args.push_to_hub:
-        args.push_to_hub = use.make_repository(args.push_to_hub, args.hf_token)
     if checkpoint == checkpoints.FINISHED:
         print(f"nothing to do: the run in {args.output_dir} is finished")
+        use.make_repository(args)
         yield None
         return
     for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
@@ -217,6 +222,7 @@ def prepared_run(args, command):
             args, source, form, tokenizer, model_config.vocab_size, folder, started
         )
         prepare.check_space(args, model_config)
+        use.make_repository(args)
         checkpoints.open_output_dir(args, checkpoint, config | {"data_digest": data_digest}, partition)
         if not args.quiet:
             print(report.partition_table(partition), flush=True)
@@ -232,7 +238,7 @@ def prepared_run(args, command):
 
 
 def run_rank(rank, args, run):
-    """What the process of each rank does: the environment first, then all that reads it."""
+    """What the process of each rank does: its environment first, then accelerate and CUDA, which read it."""
     launch.isolate_rank(rank, args, run)
     from federated import local_train
 
@@ -260,18 +266,19 @@ def prepare_process(argv):
 
 
 @contextlib.contextmanager
-def one_line_if_disk_is_full():
+def one_line_if_unwritable():
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        print(f"main.py: cannot write: {error}; make room on that disk, and try again", file=sys.stderr)
+        advice = "name a disk that can be written" if error.errno == errno.EROFS else "make room on that disk"
+        print(f"main.py: cannot write: {error}; {advice}, and try again", file=sys.stderr)
         raise SystemExit(1) from None
 
 
 def stop(number, frame):
-    """End the program on Ctrl-C or SIGTERM; `launch.launch` lets the ranks finish their round and save."""
+    """End the program on Ctrl-C (exit code 130) or SIGTERM (143); launch.run_to_the_end lets ranks save before."""
     raise SystemExit(128 + number)
 
 

@@ -1,4 +1,7 @@
-"""What people change: the averaging ("EDIT HERE"), the prompt, who gets which rows; and the losses on disk."""
+"""What people change: the averaging ("EDIT HERE"), the prompt of SQuAD rows, who gets which rows, who plays when.
+
+Rows are dealt out by fllama/prepare.py, which also calls the splits here; other forms of rows are in fllama/formats.py.
+"""
 
 import functools
 import json
@@ -28,7 +31,9 @@ from fllama.collectives import Clients, Communicator, Update
 #   clients.sum(terms)     sums over all clients of what terms(client) returns: a tensor, a number, or a tuple of these
 #   clients.shards()       (values (clients, C), weights (clients,)): C of the P coordinates, of every client
 #   clients.join(values)   (P,), from the C coordinates of every rank
-# Further arguments are flags of main.py by the same name (--server_lr); their defaults are the strategy's own.
+# Strategies that look into the vectors have more: `start`, `shapes`, `own_stretch`, `sum_over_ranks`, and `sizes` of
+# shards and join (see fllama/collectives.py). Further arguments are flags of main.py by the same name (--server_lr);
+# their defaults are the strategy's own.
 
 
 def fedavg(clients, state):
@@ -134,7 +139,10 @@ def trimmed_mean(clients, state, trim_fraction=0.2):
 
 
 def krum(clients, state, num_malicious=1):
-    """The one update that is nearest to its n - num_malicious - 2 nearest. Krum, Blanchard et al. 2017 (1703.02757)."""
+    """The one update with the least sum of squared distances to its n - num_malicious - 2 nearest; unweighted.
+
+    Krum, Blanchard et al. 2017 (arXiv:1703.02757).
+    """
     values, _ = clients.shards()
     gram = torch.zeros(len(values), len(values), dtype=torch.float64, device=values.device)
     for block in values.split(BLOCK, dim=1):
@@ -195,7 +203,7 @@ LORA_VARIANTS = {
 # -----------------------------------------------------------------------------
 # what averaging is made of
 
-BLOCK = 2**16  # coordinates that are sorted at a time
+BLOCK = 2**16  # coordinates that are handled at a time
 
 
 def by_coordinate(function, values):
@@ -298,7 +306,7 @@ def list_answers(sample):
 def partition_dataset(dataset, rank, world_size, seed=42):
     """Return part `rank` of `world_size`: shuffled by `seed`, disjoint, sizes at most one row apart, no row left out.
 
-    Where a dataset has no held-out split, clients share parts 0 to N-1 of N+1 and part N is the global held-out set.
+    If a data set has no held-out split, it is dealt into N + 1 parts: client k gets part k, and part N is held out.
     """
     return dataset.select(split_evenly(len(dataset), world_size, seed)[rank])
 
@@ -325,6 +333,8 @@ def partition_rows(rows, num_clients, kind="iid", values=None, alpha=0.5, seed=4
         sizes = 2 + shares / shares.sum() * (len(rows) - 2 * num_clients)
         return np.split(rows, np.rint(sizes.cumsum()).astype(int)[:-1])
 
+    if kind not in ("column", "dirichlet"):
+        raise ValueError(f"no partition is named {kind}")
     values = np.array([str(value) for value in values], dtype=object)[rows]
     rows_of_value = [rows[values == value] for value in sorted(set(values))]
     if kind == "column":
@@ -394,7 +404,7 @@ def plan_rounds(num_clients, clients_per_round, num_rounds, world_size, seed, ma
 
 
 def append_loss_to_file(path, loss):
-    """Append one loss (nats per answer token) to a JSON list, made if it is not there; no number becomes null."""
+    """Append one loss (nats per answer token) to a JSON list, made if it is not there; NaN and infinity become null."""
     losses = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else []
     write_aside(path, json.dumps([*losses, loss if math.isfinite(loss) else None]))
 

@@ -3,6 +3,7 @@
 import collections
 import re
 import statistics
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -179,15 +180,21 @@ def normalize(text):
     for place, part in enumerate(parts):
         word = part.lstrip(OPENING).rstrip(CLOSING).lower()
         if not any(character.isdigit() for character in word):
-            inner = "".join(character for character in word[1:-1] if character.isalnum() or character in SIGNS - {"-"})
-            edges = [
-                character if character.isalnum() or character in SIGNS else ""
-                for character in (word[:1], word[1:][-1:])
-            ]
-            word = edges[0] + inner + edges[1]
+            word = without_punctuation(word)
         if word and not is_article(part, place, parts):
             words.append(word)
     return words or text.lower().split()
+
+
+def without_punctuation(word):
+    """Return a word without punctuation, but with its signs; - is one at either end (HIV-, not well-known)."""
+    kept = ""
+    for place, character in enumerate(word):
+        hyphen = character == "-" and 0 < place < len(word) - 1
+        punctuation = unicodedata.category(character)[0] == "P" or character in "^`|~"
+        if not punctuation or character in SIGNS and not hyphen:
+            kept += character
+    return kept
 
 
 def is_article(part, place, parts):

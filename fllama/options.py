@@ -40,6 +40,15 @@ def first_line(error):
     return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
 
 
+class HelpWithDefaults(argparse.HelpFormatter):
+    """Shows the default of each flag that has one and does not explain it itself."""
+
+    def _get_help_string(self, action):
+        if not action.default or action.default == argparse.SUPPRESS or "(default" in action.help:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 # -----------------------------------------------------------------------------
 # types of flags
 

@@ -39,6 +39,11 @@ class Run:
     command: str = ""  # for the model card
     versions: dict | None = None  # of Python and the libraries
 
+    @property
+    def by_torchrun(self):
+        """Whether torchrun has started the ranks: then they have met already."""
+        return self.rendezvous is None
+
 
 def find_versions():
     versions = {"python": platform.python_version()}

@@ -228,12 +228,17 @@ def files_of_card(folder, args):
     try:
         with tempfile.TemporaryDirectory() as cache:  # the usual one may be another user's
             named = Path(cache, "named")  # [ and ] in the name of the folder itself would be taken for a pattern
-            named.symlink_to(folder.resolve())
+            for path in [folder / "README.md", *data_files(folder)]:
+                link = named / path.relative_to(folder)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_file():
+                    link.symlink_to(path.resolve())
             builder = datasets.load_dataset_builder(str(named), args.dataset_config, cache_dir=cache)
             found = builder.config.data_files or {}
             found = {str(split): [os.path.relpath(path, named) for path in paths] for split, paths in found.items()}
     except (FileNotFoundError, DatasetNotFoundError, ValueError, KeyError) as error:
-        raise Unreadable(" ".join(str(error).split())[:400]) from None
+        advice = "name one with --dataset_config. " if "onfig" in str(error) else ""
+        raise Unreadable(advice + " ".join(str(error).split())[:400]) from None
     files = {}
     for split, paths in found.items():
         files[split] = sorted(folder / path for path in paths if is_data_file(folder / path))

@@ -110,14 +110,16 @@ def merge(model, tokenizer, target):
 # the hub
 
 
-def make_repository(name, token):
-    """Make the repository of --push_to_hub if there is none; returns its full name."""
+def make_repository(args):
+    """Make the repository of --push_to_hub if there is none; its full name replaces that of the flag."""
+    if not args.push_to_hub:
+        return
     from huggingface_hub import HfApi
 
     try:
-        return HfApi(token=token).create_repo(name, private=True, exist_ok=True).repo_id
+        args.push_to_hub = HfApi(token=args.hf_token).create_repo(args.push_to_hub, private=True, exist_ok=True).repo_id
     except Exception as error:  # of the dozen kinds that the hub's client has, every one ends the run
-        fail(f"--push_to_hub {name}: set HF_TOKEN to a token that may write there ({first_line(error)})")
+        fail(f"--push_to_hub {args.push_to_hub}: set HF_TOKEN to a token that may write there ({first_line(error)})")
 
 
 def push(args, token):

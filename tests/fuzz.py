@@ -38,12 +38,18 @@ FORMS = [
     st.fixed_dictionaries({"messages": MESSAGES}),
     st.fixed_dictionaries({"prompt": TEXTS, "completion": TEXTS}),
     st.fixed_dictionaries({"prompt": MESSAGES, "completion": MESSAGES}),
+    st.fixed_dictionaries({"conversations": MESSAGES}),
+    st.fixed_dictionaries({"instruction": TEXTS, "input": VALUES, "output": TEXTS}),
+    st.fixed_dictionaries({"question": TEXTS, "answer": VALUES}),
+    st.fixed_dictionaries({"text": TEXTS}),
     st.dictionaries(st.sampled_from("context question answers messages prompt completion label".split()), VALUES),
 ]
 GOOD = [
     {"context": "Rx: aspirin 30 mg.", "question": "How much?", "answers": {"text": ["30 mg"]}, "label": "a"},
     {"messages": [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": "30 mg"}], "label": "b"},
     {"prompt": "How much?", "completion": " 30 mg", "label": "c"},
+    {"instruction": "How much?", "input": "Rx: aspirin 30 mg.", "output": "30 mg", "label": "a"},
+    {"text": "Rx: aspirin 30 mg.", "label": "b"},
 ]
 GOOD_FLAGS = {
     "world_size": ["1"],

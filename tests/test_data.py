@@ -103,7 +103,7 @@ def rows_of_other_lengths():
     tokenizer = AutoTokenizer.from_pretrained(options.EMBEDDED_MODEL)
     path = f"{options.EMBEDDED_DATA}/train.jsonl"
     rows = datasets.load_dataset("json", data_files=path)["train"].select(range(8))
-    tokens = [formats.tokenize_row(row, tokenizer, 1024) for row in rows]
+    tokens = [formats.tokenize_row(row, formats.find_form(row), tokenizer, 1024) for row in rows]
     cut = [{"input_ids": row["input_ids"][i:], "labels": row["labels"][i:]} for i, row in enumerate(tokens)]
     return datasets.Dataset.from_list(cut)
 

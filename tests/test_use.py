@@ -87,7 +87,8 @@ def test_merge(finished, tmp_path, capsys):
     model.float()
     loss, tokens = 0.0, 0
     for line in Path(options.EMBEDDED_DATA, "validation.jsonl").read_text().splitlines():
-        row = formats.tokenize_row(json.loads(line), tokenizer, 1024)
+        row = json.loads(line)
+        row = formats.tokenize_row(row, formats.find_form(row), tokenizer, 1024)
         ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]
