@@ -9,7 +9,7 @@ This file has the flags and the order of a run; `federated.local_train` is what 
 
 import os
 
-from fllama import terminal
+from fllama import basemodel, terminal
 
 terminal.open_missing_streams()  # before anything opens a file
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # before anything of Hugging Face is imported
@@ -209,7 +209,7 @@ def prepared_run(args, command):
     started = checkpoints.start_of_run(args)
     config = checkpoints.make_config(args, num_gpus=num_gpus, versions=versions, started=started.isoformat())
     checkpoint = checkpoints.find_checkpoint(args, config)
-    model_path, model_config, tokenizer = prepare.find_model(args)
+    model_path, model_config, tokenizer = basemodel.find_model(args)
     if checkpoint == checkpoints.FINISHED:
         print(f"nothing to do: the run in {args.output_dir} is finished")
         use.make_repository(args)

@@ -18,18 +18,18 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils
-from fllama import formats, prepare
+from fllama import formats, tokenizing
 
 ASSETS = Path(__file__).resolve().parent
 SIZE, MARGIN, FINE = (960, 540), 32, 2  # pixels; all is drawn FINE times as large
 PAPER, PANEL, LINE, FAINT, GREY, INK = "#151b26", "#1c2432", "#364152", "#66758b", "#9aa7b8", "#eef2f7"
 CONTEXT, QUESTION, ANSWER = "#56B4E9", "#E69F00", "#F0E442"  # Okabe and Ito's
 STEPS = {  # what it is now, and what makes it so
-    "row": "prepare.load_rows(dataset_path)",
+    "row": "sources.find_source(args)",
     "conversation": "utils.convert_squad_sample_to_llama_conversation(sample, tokenizer)",
     "text": "tokenizer.apply_chat_template(prompt + completion, tokenize=False)",
     "tokens": "tokenizer.apply_chat_template(prompt + completion)",
-    "labels": "formats.tokenize_row(row, tokenizer, max_length)",
+    "labels": "tokenizing.tokenize_row(row, form, tokenizer, max_length)",
 }
 
 
@@ -140,10 +140,11 @@ def draw_tokens(step, remark, texts, colors, ids, labels):
 def scenes():
     """Yield (page, milliseconds)."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-llama")
-    sample = prepare.load_rows(str(ASSETS / "sample_squad"))[0][0]
+    with open(ASSETS / "sample_squad" / "train.jsonl", encoding="utf-8") as file:
+        sample = json.loads(next(file))
     conversation = utils.convert_squad_sample_to_llama_conversation(sample, tokenizer)
     text = tokenizer.apply_chat_template(conversation["prompt"] + conversation["completion"], tokenize=False)
-    row = formats.tokenize_row(sample, tokenizer, max_length=1024)
+    row = tokenizing.tokenize_row(sample, formats.find_form(sample), tokenizer, max_length=1024)
     ids, labels = row["input_ids"], row["labels"]
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     assert spans["input_ids"] == ids

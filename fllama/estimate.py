@@ -5,7 +5,7 @@ import datetime
 import numpy as np
 import torch
 
-from fllama import checkpoints, options, prepare
+from fllama import basemodel, checkpoints, options, prepare
 from fllama.narrow import CODE_BYTES
 from fllama.options import fail
 
@@ -18,7 +18,7 @@ def dry_run(args, num_gpus):
     """Print what the run would need."""
     source, form = prepare.find_rows(args, num_gpus)
     rows, held_out = source.train, source.held_out
-    _, config, tokenizer = prepare.find_model(args, weights=False)
+    _, config, tokenizer = basemodel.find_model(args, weights=False)
     prepare.check_template(args, tokenizer, form)
     if not all(hasattr(config, name) for name in ("intermediate_size", "num_key_value_heads")):
         fail(f"--model_name {args.model_name} is not built as LLaMA is")
@@ -41,7 +41,7 @@ def estimate(args, config, lengths, answer_lengths, num_gpus):
     half = args.torch_dtype in ("bfloat16", "float16") or args.torch_dtype == "auto" and num_gpus > 0
     width = 2 if half else 4  # bytes of a number
     linear, others, largest = count_parameters(config)
-    lora = prepare.count_lora_parameters(config, args.lora_r)
+    lora = basemodel.count_lora_parameters(config, args.lora_r)
     layers, hidden = config.num_hidden_layers, config.hidden_size
     _, playing = options.training_clients(args)
     turns = -(-playing // args.world_size)  # of a rank in a round

@@ -14,7 +14,7 @@ from torchmetrics.text import SQuAD
 from transformers import GenerationConfig
 
 from fllama import data as client_data
-from fllama.formats import end_of_turn
+from fllama.tokenizing import end_of_turn
 
 LONGEST_ANSWER = 256  # tokens, unless --max_new_tokens says otherwise
 LONG_ANSWERS = 32  # tokens: where the median accepted answer is longer, exact match says little

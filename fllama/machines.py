@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fllama import checkpoints, prepare
+from fllama import basemodel, checkpoints
 from fllama.launch import STOPPED, EndRun, die_with_parent
 from fllama.options import fail
 
@@ -116,8 +116,8 @@ def prepare_here(args, rank, local_rank, prepared_run, stack):
         found["run"] = stack.enter_context(prepared_run(args))
         found["args"] = args
     if local_rank == 0:
-        found["model_path"], _, _ = prepare.find_model(args)
-        found["model"] = prepare.digest_of_model(found["model_path"])
+        found["model_path"], _, _ = basemodel.find_model(args)
+        found["model"] = basemodel.digest_of_model(found["model_path"])
     args.hf_token = None  # the ranks read from this disk only
     return found
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from trl import SFTConfig, SFTTrainer
 
 import utils
-from fllama import data, prepare
+from fllama import basemodel, data
 from fllama.clients import create_optimizer_state
 
 # without Triton, TRL (1.16) computes the logits of all tokens; of the answer alone, a step on the CPU takes 0.6 to 0.7
@@ -94,7 +94,7 @@ def add_lora(args, model):
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=prepare.LORA_TARGETS,
+        target_modules=basemodel.LORA_TARGETS,
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)

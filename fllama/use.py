@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from fllama import checkpoints, prepare
+from fllama import basemodel, checkpoints, tokenizing
 from fllama.options import EMBEDDED_MODEL, absolute, fail, first_line
 
 CHAT_TOKENS = 512  # of an answer to a question without a context, at most
@@ -26,7 +26,7 @@ def use(args, num_gpus):
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     if args.model_name == EMBEDDED_MODEL and Path(base).name != Path(EMBEDDED_MODEL).name:  # it was not given
         args.model_name = absolute(base)
-    model_path, _, tokenizer = prepare.find_model(args)
+    model_path, _, tokenizer = basemodel.find_model(args)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     merged = folder.with_name("merged_model")
     if args.merge and merged.exists() and not args.overwrite:
@@ -68,10 +68,10 @@ def read_questions():
                 yield question
 
 
-def answer_question(model, tokenizer, question, context, started, max_new_tokens=None):
+def answer_question(model, tokenizer, question, context, started=None, max_new_tokens=None):
     """Return the answer to one question, from `context` if that is not empty, asked as in training.
 
-    `started` is when the run began, the day that chat templates see.
+    `started` is when the run began, the day that chat templates see (None: today).
     """
     import datasets
 
@@ -82,7 +82,7 @@ def answer_question(model, tokenizer, question, context, started, max_new_tokens
         row = {"context": context, "question": question, "answers": ["?"]}
     elif tokenizer.chat_template:
         row = {"question": question, "answer": "?"}
-    row = formats.tokenize_row(row, formats.find_form(row), tokenizer, max_length=sys.maxsize, date=started)
+    row = tokenizing.tokenize_row(row, formats.find_form(row), tokenizer, max_length=sys.maxsize, date=started)
     if row["problem"]:
         return f"({row['problem']})"
     longest = max_new_tokens or (evaluate.LONGEST_ANSWER if context else CHAT_TOKENS)

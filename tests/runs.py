@@ -12,7 +12,7 @@ import psutil
 import torch
 from conftest import ROOT, SMALL_RUN, read_adapters
 
-from fllama import prepare, runlog
+from fllama import basemodel, runlog
 
 FLAGS = [*SMALL_RUN, "--learning_rate", "1e-2"]
 LONG = ["--num_rounds", "40", "--eval_rounds", "40", "--save_rounds", "10"]
@@ -91,7 +91,7 @@ def assert_same_rounds(folder, other, same_ranks=True):
 
 def in_order_of_the_model(adapter):
     """Return the tensors of a saved adapter (of one layer) in one vector."""
-    names = [f".{name}.lora_{part}." for name in prepare.LORA_TARGETS for part in "AB"]
+    names = [f".{name}.lora_{part}." for name in basemodel.LORA_TARGETS for part in "AB"]
     tensors = [tensor.reshape(-1) for name in names for key, tensor in adapter.items() if name in key]
     assert len(tensors) == len(adapter)
     return torch.cat(tensors)

@@ -10,7 +10,7 @@ from runs import FLAGS, assert_same
 from transformers import AutoConfig
 
 import main
-from fllama import checkpoints, launch, prepare, runlog
+from fllama import basemodel, checkpoints, launch, prepare, runlog
 
 
 @pytest.fixture
@@ -128,6 +128,6 @@ def test_a_checkpoint_is_as_large_as_foretold(undisturbed, small_inputs):
     """Within a third."""
     size = sum(path.stat().st_size for path in undisturbed().glob("checkpoints/round_00004/*"))
     args = main.parse_args(FLAGS)
-    parameters = prepare.count_lora_parameters(AutoConfig.from_pretrained(small_inputs[1]), args.lora_r)
+    parameters = basemodel.count_lora_parameters(AutoConfig.from_pretrained(small_inputs[1]), args.lora_r)
     assert parameters == read_adapters(undisturbed()).numel()
     assert size / 1.5 < prepare.checkpoint_bytes(args, parameters) < size * 1.5

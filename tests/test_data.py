@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import main
 import utils
-from fllama import data, formats, options
+from fllama import data, formats, options, tokenizing
 from fllama.model import lora_parameters
 from fllama.prepare import Run
 
@@ -28,7 +28,7 @@ def parts():
 def ranks(tmp_path_factory, parts):
     """The ClientData of 2 ranks: 10 clients of 18 rows, of which 5 read 6 rows each in every one of 8 rounds."""
     folder = tmp_path_factory.mktemp("data")
-    rows = datasets.Dataset.from_dict({"id": list(range(200)), "length": [1] * 200})
+    rows = datasets.Dataset.from_dict({"id": list(range(200)), "length": [1] * 200, "prompt_length": [1] * 200})
     datasets.DatasetDict(train=rows, held_out=rows.select(range(100, 200))).save_to_disk(folder)
     split = {"train": [part[2:] for part in parts], "held_out": [part[:2] for part in parts]}
     (folder / "parts.json").write_text(json.dumps(split | {"global": [], "scored": [3, 7]}))
@@ -103,7 +103,7 @@ def rows_of_other_lengths():
     tokenizer = AutoTokenizer.from_pretrained(options.EMBEDDED_MODEL)
     path = f"{options.EMBEDDED_DATA}/train.jsonl"
     rows = datasets.load_dataset("json", data_files=path)["train"].select(range(8))
-    tokens = [formats.tokenize_row(row, formats.find_form(row), tokenizer, 1024) for row in rows]
+    tokens = [tokenizing.tokenize_row(row, formats.find_form(row), tokenizer, 1024) for row in rows]
     cut = [{"input_ids": row["input_ids"][i:], "labels": row["labels"][i:]} for i, row in enumerate(tokens)]
     return datasets.Dataset.from_list(cut)
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import main
-from fllama import formats, options, prepare, report
+from fllama import basemodel, formats, options, prepare, report, tokenizing
 
 
 def test_needed_rows():
@@ -234,7 +234,7 @@ def test_models_that_are_refused_in_one_line(tmp_path, capsys, monkeypatch, make
     folder = random_model(tmp_path / "model", make)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-    monkeypatch.setattr(formats, "tokenize_row", lambda *args: pytest.fail("a row was tokenized"))
+    monkeypatch.setattr(tokenizing, "tokenize_row", lambda *args: pytest.fail("a row was tokenized"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main.main(["--model_name", str(folder), "--output_dir", str(tmp_path / "out")])
@@ -245,7 +245,7 @@ def test_models_that_are_refused_in_one_line(tmp_path, capsys, monkeypatch, make
 def test_eager_attention_where_the_model_has_no_other(tmp_path, capsys):
     folder = random_model(tmp_path / "model", gemma_2)
     args = main.parse_args(["--model_name", str(folder)])
-    _, config, _ = prepare.find_model(args)
+    _, config, _ = basemodel.find_model(args)
     supported = transformers.Gemma2ForCausalLM._supports_sdpa
     assert args.attn_implementation == ("sdpa" if supported else "eager")
     assert ("eager: this model has no sdpa" in capsys.readouterr().out) == (not supported)
@@ -253,7 +253,7 @@ def test_eager_attention_where_the_model_has_no_other(tmp_path, capsys):
     args = main.parse_args(["--model_name", str(folder)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.Gemma2ForCausalLM, "_supports_sdpa", False)
-        prepare.check_architecture(args, config)
+        basemodel.check_architecture(args, config)
     assert args.attn_implementation == "eager"
     assert "attention  eager: this model has no sdpa" in capsys.readouterr().out
 
@@ -268,7 +268,7 @@ def test_a_checkpoint_of_bitsandbytes_loads_as_it_is(tmp_path, capsys):
     (folder / "model.safetensors").unlink()
     loaded.save_pretrained(folder)
     args = main.parse_args(["--model_name", str(folder)])
-    path, _, _ = prepare.find_model(args)
+    path, _, _ = basemodel.find_model(args)
     from fllama import model
 
     trained = model.load_model(args, path, torch.device("cpu"))
@@ -276,7 +276,7 @@ def test_a_checkpoint_of_bitsandbytes_loads_as_it_is(tmp_path, capsys):
     assert weights == {"Linear4bit"}
     args = main.parse_args(["--model_name", str(folder), "--no-load_in_4bit"])
     with pytest.raises(SystemExit):
-        prepare.find_model(args)
+        basemodel.find_model(args)
     assert "is quantized already; leave out --no-load_in_4bit" in capsys.readouterr().err
 
 
@@ -293,7 +293,7 @@ def test_rows_as_the_model_sees_them(capsys):
     args = main.parse_args(["--show_rows", "1"])
     tokenizer = AutoTokenizer.from_pretrained(options.EMBEDDED_MODEL)
     row = {"question": "How much?", "answer": "30 mg"}
-    tokens = formats.tokenize_row(row, formats.find_form(row), tokenizer, 100)
+    tokens = tokenizing.tokenize_row(row, formats.find_form(row), tokenizer, 100)
     prepare.show_rows(args, datasets.Dataset.from_list([tokens] * 2), tokenizer)
     output = capsys.readouterr().out
     assert output.count("---") == 1 and output.rstrip().endswith("30 mg<|eot_id|>⟧") and output.count("⟦") == 1
@@ -310,9 +310,9 @@ def test_count_of_lora_parameters(more):
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, **more
     )
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=5, target_modules=prepare.LORA_TARGETS))
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=5, target_modules=basemodel.LORA_TARGETS))
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    assert prepare.count_lora_parameters(config, 5) == sum(trained)
+    assert basemodel.count_lora_parameters(config, 5) == sum(trained)
 
 
 def test_checkpoint_bytes_by_hand():
@@ -328,5 +328,5 @@ def test_models_are_told_apart(tmp_path):
     digests = []
     for content in (b"a" * 3_000_000, b"a" * 2_999_999 + b"b", b"a" * 2_999_999):
         (tmp_path / "model.safetensors").write_bytes(content)
-        digests.append(prepare.digest_of_model(tmp_path))
+        digests.append(basemodel.digest_of_model(tmp_path))
     assert len(set(digests)) == 3

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fllama import formats, options, sources
+from fllama import files, formats, options, sources, tokenizing
 
 EXAMPLES = 500
 COLUMNS = sorted({column for form in formats.FORMS for column in (*form.columns, *form.optional)} | {"label"})
@@ -77,11 +77,11 @@ def test_a_conversation_or_a_named_bad_row():
     @given(rows(), st.sampled_from(TOKENIZERS), st.sampled_from([5, 30, 10**9]), st.sampled_from(["all", "last"]))
     def check(drawn, tokenizer, max_length, learn):
         form, row = drawn
-        row = sources.row_of({sources.JSON_COLUMN: json.dumps(row, default=str)}, {})
-        tokens = formats.tokenize_row(row, form, tokenizer, max_length, learn)
+        row = sources.row_of({files.JSON_COLUMN: json.dumps(row, default=str)}, {})
+        tokens = tokenizing.tokenize_row(row, form, tokenizer, max_length, learn)
         seen["rows"] += 1
-        assert set(tokens) == set(formats.TOKENIZED)
-        datasets.Dataset.from_list([tokens], features=formats.TOKENIZED)  # it can be written
+        assert set(tokens) == set(tokenizing.TOKENIZED)
+        datasets.Dataset.from_list([tokens], features=tokenizing.TOKENIZED)  # it can be written
         if tokens["problem"]:
             assert tokens["input_ids"] == tokens["labels"] == tokens["references"] == [] and tokens["length"] == 0
             return

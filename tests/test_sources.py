@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 import main
-from fllama import sources
+from fllama import files, sources
 
 DATA = Path(__file__).parent / "data"
 ROWS = [{"prompt": f"a{i}", "completion": f"b{i}"} for i in range(5)]
@@ -79,7 +79,7 @@ def write_kind(path):
 
 
 @pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("kind", sources.READERS)
+@pytest.mark.parametrize("kind", files.READERS)
 def test_every_kind_of_file(tmp_path, kind, packed):
     """Alone, and in a folder; the name of the folder may have any characters."""
     folder = tmp_path / "rows [1] of *, no. 2"

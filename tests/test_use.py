@@ -11,7 +11,7 @@ import torch
 from conftest import FINISHED_RUN, ROOT
 
 import main
-from fllama import formats, options, use
+from fllama import formats, options, tokenizing, use
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_question_that_the_template_refuses_gets_a_reason():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.EMBEDDED_MODEL)
-    assert use.answer_question(None, tokenizer, " ", "a context") == "(question is not a text, or empty)"
+    assert use.answer_question(None, tokenizer, " ", "a context") == "(question is empty)"
 
 
 def test_merge(finished, tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_merge(finished, tmp_path, capsys):
     loss, tokens = 0.0, 0
     for line in Path(options.EMBEDDED_DATA, "validation.jsonl").read_text().splitlines():
         row = json.loads(line)
-        row = formats.tokenize_row(row, formats.find_form(row), tokenizer, 1024)
+        row = tokenizing.tokenize_row(row, formats.find_form(row), tokenizer, 1024)
         ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]

@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 import training
 
 import main
-from fllama import options, prepare
+from fllama import basemodel, options
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -50,7 +50,7 @@ def make_inputs(folder, shape, words=1100, num_rows=200):
     LlamaConfig(**shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id).save_pretrained(
         folder / "model"
     )
-    names = {f"model.layers.0.{part}.weight": torch.zeros(1) for part in prepare.LORA_TARGETS}
+    names = {f"model.layers.0.{part}.weight": torch.zeros(1) for part in basemodel.LORA_TARGETS}
     save_file(names, folder / "model" / "model.safetensors")
     text = Path(options.EMBEDDED_DATA, "train.jsonl").read_text().split()
     rows = ({"prompt": "the", "completion": " ".join(text[10 * i : 10 * i + words])} for i in range(num_rows))

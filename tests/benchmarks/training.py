@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import main
-from fllama import launch, options, prepare
+from fllama import basemodel, launch, options, prepare
 
 PAIRS = 5
 
@@ -78,7 +78,7 @@ def plain_trainer(args, run, rows, folder, eval_dataset=None, **settings):
         eval_dataset=eval_dataset,
         processing_class=AutoTokenizer.from_pretrained(run.model_path),
         peft_config=LoraConfig(
-            r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=prepare.LORA_TARGETS, task_type="CAUSAL_LM"
+            r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=basemodel.LORA_TARGETS, task_type="CAUSAL_LM"
         ),
     )
     for parameter in lora_parameters(trainer.model) if not run.num_gpus else []:
