@@ -251,12 +251,12 @@ class Communicator:
         try:
             dist.monitored_barrier(timeout=self.timeout, wait_all_ranks=True)
         except RuntimeError as error:
+            minutes = self.timeout.total_seconds() / 60
             missing = re.search(r"Ranks ([\d, ]+) failed", str(error))
-            if not missing:  # only rank 0 knows
-                raise LostContact("rank 0 gave up waiting") from None
+            if not missing:  # only rank 0 knows who
+                raise LostContact(f"rank 0 gave up waiting, or is gone (--timeout {minutes:g})") from None
             if time.monotonic() - began < 0.9 * self.timeout.total_seconds():
                 raise ConnectionError(f"rank {missing[1]} is gone") from None
-            minutes = self.timeout.total_seconds() / 60
             raise TimeoutError(f"no sign of rank {missing[1]} for {minutes:g} minutes (--timeout)") from None
         messages = [None] * self.world_size
         dist.all_gather_object(messages, message)  # all ranks participate

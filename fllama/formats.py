@@ -46,7 +46,7 @@ def list_answers(answers):
     if isinstance(answers, dict):
         answers = answers.get("text", [])
     if answers is None:
-        return []
+        raise BadRow("answers has no list of texts")
     if not isinstance(answers, list):
         answers = [answers]
     texts = []

@@ -55,14 +55,14 @@ def join(args, num_gpus, prepared_run, target):
     with contextlib.ExitStack() as stack:
         share_output_dir(args, rank, hosts, meeting, stack)
         args.resume = (Path(args.output_dir) / "config.json").exists()
-        everyone = meeting.share(lambda: prepare_here(args, rank, local_rank, prepared_run, stack))
-        run, found = everyone[0]["run"], everyone[rank - local_rank]
-        meeting.share(lambda: check_models(hosts, everyone) if rank == 0 else None)
+        models = meeting.share(lambda: find_model_here(args, local_rank))  # (folder, digest) from first ranks
+        meeting.share(lambda: check_models(hosts, models) if rank == 0 else None)
+        run, args = meeting.share(lambda: prepare_for_all(args, rank, prepared_run, stack))[0]
         if run is None:
             return rank == 0
         machine_of_rank = tuple(host["machine"] for host in hosts)
-        run = replace(run, model_path=found["model_path"], machine_of_rank=machine_of_rank, num_gpus=num_gpus)
-        args = everyone[0]["args"]
+        model_path, _ = models[rank - local_rank]
+        run = replace(run, model_path=model_path, machine_of_rank=machine_of_rank, num_gpus=num_gpus)
         try:
             target(rank, args, run)
         except EndRun as ended:
@@ -109,17 +109,19 @@ class Meeting:
         return [result for result, _ in results]
 
 
-def prepare_here(args, rank, local_rank, prepared_run, stack):
-    """Do this rank's part of the preparation; what has to be undone at the end goes on `stack`."""
-    found = {"run": None, "args": None, "model_path": None, "model": None}
-    if rank == 0:
-        found["run"] = stack.enter_context(prepared_run(args))
-        found["args"] = args
-    if local_rank == 0:
-        found["model_path"], _, _ = basemodel.find_model(args)
-        found["model"] = basemodel.digest_of_model(found["model_path"])
+def find_model_here(args, local_rank):
+    """Find the model on this machine, on its first rank; returns (folder, digest), None on the others."""
+    if local_rank > 0:
+        return None
+    model_path, _, _ = basemodel.find_model(args)
+    return model_path, basemodel.digest_of_model(model_path)
+
+
+def prepare_for_all(args, rank, prepared_run, stack):
+    """Prepare the run on rank 0; returns (Run, flags). What has to be undone at the end goes on `stack`."""
+    run = stack.enter_context(prepared_run(args)) if rank == 0 else None
     args.hf_token = None  # the ranks read from this disk only
-    return found
+    return run, args
 
 
 def share_output_dir(args, rank, hosts, meeting, stack):
@@ -154,13 +156,14 @@ def check_flags(hosts):
             refuse_differences(f"--{name} is not the same", hosts, [host["flags"][name] for host in hosts])
 
 
-def check_models(hosts, everyone):
-    """Refuse machines that have another model."""
-    digests = [found["model"] and found["model"][:8] for found in everyone]
-    first_ranks = [rank for rank, digest in enumerate(digests) if digest]
-    first_hosts = [hosts[rank] for rank in first_ranks]
-    what = "--model_name: the digest of the model is not the same"
-    refuse_differences(what, first_hosts, [digests[rank] for rank in first_ranks])
+def check_models(hosts, models):
+    """Refuse machines that have another model; `models` has (folder, digest) from the first rank of each."""
+    first_hosts, digests = [], []
+    for host, model in zip(hosts, models):
+        if model:
+            first_hosts.append(host)
+            digests.append(model[1][:8])
+    refuse_differences("--model_name: the digest of the model is not the same", first_hosts, digests)
 
 
 def refuse_differences(what, hosts, values):

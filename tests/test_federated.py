@@ -56,7 +56,7 @@ def test_5_one_collective_of_the_adapter_a_round(traced):
     size = ranks[0]["start"].numel()
     message = [("monitored_barrier", None), ("all_gather_object", None)]
     start = message + [("broadcast", size)]
-    scores_before = message
+    scores_before = 2 * message  # answers, losses
     self_check = message
     norms = message
     average = [("all_reduce", size + 1)]  # with the weight
@@ -64,7 +64,7 @@ def test_5_one_collective_of_the_adapter_a_round(traced):
     reports = message
     checkpoint = 2 * message  # it is written, it is there
     a_round = norms + average + measured + reports + checkpoint
-    scores_after = 2 * message
+    scores_after = 3 * message  # answers, losses, scores of clients
     assert ranks[0]["collectives"][: -len(scores_after)] == start + scores_before + self_check + 3 * a_round
     assert ranks[0]["collectives"][-len(scores_after) :] == scores_after
 

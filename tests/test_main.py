@@ -42,21 +42,22 @@ def test_a_run_of_a_comparison_is_refused_before_the_first_begins(refused):
 
 
 def test_bad_files(refused, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"id": 1, "text": "x"}] * 50)
-    assert "needs the columns context, question, answers (SQuAD)" in (line := refused("--dataset_path", rows))
-    assert line.endswith("found id, text")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"id": 1, "words": "x"}] * 50)
+    assert "context, question, answers (SQuAD)" in (line := refused("--dataset_path", rows))
+    assert "needs the columns" in line and "--columns question=...,answer=..." in line
+    assert line.endswith("found id, words")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion"')
     assert "cannot be read" in refused("--dataset_path", tmp_path / "broken.jsonl")
     (tmp_path / "rows.txt").write_text("a")
-    assert "not a .json, .jsonl, .csv, .parquet file" in refused("--dataset_path", tmp_path / "rows.txt")
+    assert "not a .json, .jsonl, .csv, .tsv, .parquet, .arrow file" in refused("--dataset_path", tmp_path / "rows.txt")
     (tmp_path / "empty").mkdir()
     assert "--dataset_path" in refused("--dataset_path", tmp_path / "empty")
     few = write_rows(tmp_path / "few.jsonl", [{"prompt": "a", "completion": "b"}] * 5)
     assert "5 training rows, 8 clients need 18; lower --num_clients" in refused("--dataset_path", few)
     text = write_rows(tmp_path / "text.jsonl", [{"messages": "[]"}] * 50)
     assert "50 of 50 train rows are bad: row 0 (messages is not a list of messages" in refused("--dataset_path", text)
-    odd = write_rows(tmp_path / "odd.jsonl", [{"context": "a", "question": "b", "answers": "c"}] * 50)
-    assert "row 0 (answers has no list of texts), row 1 (" in (line := refused("--dataset_path", odd))
+    odd = write_rows(tmp_path / "odd.jsonl", [{"context": "a", "question": "b", "answers": 5}] * 50)
+    assert "row 0 (an answer is not a text, or empty), row 1 (" in (line := refused("--dataset_path", odd))
     assert line.endswith("and 47 more")
 
 
@@ -64,10 +65,10 @@ def test_bad_rows(refused, tmp_path, capsys):
     """Up to 1% are left out and counted, by their numbers; more are refused."""
     good = {"context": "Rx: aspirin 30 mg.", "question": "How much aspirin?", "answers": {"text": ["30 mg"]}}
     rows = [good] * 200
-    rows[7], rows[99] = good | {"question": " "}, good | {"answers": None}
+    rows[7], rows[99] = good | {"question": " "}, good | {"answers": {"text": [None]}}
     path = write_rows(tmp_path / "rows.jsonl", rows)
     main.main(["--dataset_path", str(path), "--output_dir", str(tmp_path / "out")])
-    bad = "row 7 (question is not a text, or empty), row 99 (answers has no list of texts)"
+    bad = "row 7 (question is empty), row 99 (an answer is not a text, or empty)"
     assert f"2 of 200 train rows are bad and left out: {bad}\n" in capsys.readouterr().out
     parts = json.loads((tmp_path / "out" / "partition.json").read_text())
     dealt = sorted(row for part in parts["clients"] for row in part["rows"]) + parts["held_out"]

@@ -46,7 +46,7 @@ def refused(capsys, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         ("--world_size 0", "--world_size: 0 is not above 0"),
-        ("--world_size two", "--world_size: invalid"),
+        ("--world_size two", "--world_size: two is not a whole number"),
         ("--num_rounds -1", "--num_rounds: -1 is not above 0"),
         ("--learning_rate nan", "--learning_rate: nan is not above 0"),
         ("--lora_dropout 1", "--lora_dropout: 1 is not from 0 up to 1"),

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 import main
 from fllama import publish, report, runlog
+from fllama.evaluate import Answered
 
 # -----------------------------------------------------------------------------
 # by hand
@@ -36,23 +37,25 @@ def test_line_of_a_round():
 CLIENTS = [{"client": 0, "exact_match": 40.0}, {"client": 1, "exact_match": 20.0}]
 SCORES = {"before": {"exact_match": 1.0, "f1": 2.0}, "after": {"exact_match": 30.0, "f1": 45.5}}
 
+NAMES = ["exact_match", "f1"]
+
 
 def test_summary_by_hand():
     rounds = [entry_of(1), entry_of(2, 1.5, rejected=[1]), entry_of(3), entry_of(4, 1.25, bytes=10)]
-    summary = report.summarize(rounds, [10, 20], SCORES, CLIENTS, 96)
+    summary = report.summarize(rounds, [10, 20], SCORES, NAMES, CLIENTS, 96)
     assert summary["seconds"] == {"local": 6.0, "average": 2.0, "eval": 1.0, "save": 0.0}
     assert (summary["rounds"], summary["clients"], summary["rows"], summary["tokens"]) == (4, 2, [10, 20], 400)
     assert summary["eval_loss"] == {"first": 1.5, "last": 1.25} and summary["rejected"] == 1
     assert (summary["bytes"], summary["bytes_per_round"], summary["answered"]) == (34, 10, 96)
     assert summary["exact_match"] == {"before": 1.0, "after": 30.0} and summary["f1"]["after"] == 45.5
-    nothing = report.summarize([], [10], SCORES, CLIENTS, 96)  # the log was lost
+    nothing = report.summarize([], [10], SCORES, NAMES, CLIENTS, 96)  # the log was lost
     assert nothing["eval_loss"] == {"first": None, "last": None} and nothing["bytes_per_round"] == 0
 
 
 def test_last_lines_of_a_run(capsys):
     args = main.parse_args(["--output_dir", "out"])
     rounds = [entry_of(1), entry_of(2, 1.5), entry_of(4, 1.25)]
-    summary = report.summarize(rounds, [10, 20], SCORES, CLIENTS, 96)
+    summary = report.summarize(rounds, [10, 20], SCORES, NAMES, CLIENTS, 96)
     samples = [{"question": "Why?", "accepted": ["a", "b"], "before": "x", "after": "a"}]
     report.print_summary(args, rounds, summary, samples, Path("out/federated_global_model"))
     assert capsys.readouterr().out.splitlines() == [
@@ -70,9 +73,9 @@ def test_last_lines_of_a_run(capsys):
 
 def test_samples_are_paired():
     questions = {"question": ["Q1", "Q2"]}
-    samples = publish.compare_samples(questions, ["x", "y"], [("a", ["a"]), ("b", ["c"])])
+    samples = publish.compare_samples(questions, ["x", "y"], [Answered("a", ["a"], False), Answered("b", ["c"], False)])
     assert samples[1] == {"question": "Q2", "accepted": ["c"], "before": "y", "after": "b"} and len(samples) == 2
-    assert publish.compare_samples(questions, [], [("a", ["a"])]) == []
+    assert publish.compare_samples(questions, [], [Answered("a", ["a"], False)]) == []
 
 
 def test_loss_curves_of_rounds_without_an_evaluation(tmp_path):
@@ -134,7 +137,7 @@ def test_tracker_and_quiet(small_inputs, tmp_path):
     flags = "--world_size 2 --num_clients 3 --num_rounds 3 --local_steps 2 --eval_rounds 1 --report_to tensorboard"
     process = run_main(*flags.split(), "--quiet", *small_inputs, "--output_dir", tmp_path)
     said = process.stdout.splitlines()
-    assert [line.split()[0] for line in said] == ["held-out", "exact", "f1", "on", "use"], said
+    assert [line.split()[0] for line in said] == ["held-out", "exact", "f1", "cut", "on", "use"], said
     (events,) = tmp_path.glob("runs/**/events*")
     curves = EventAccumulator(str(events))
     curves.Reload()

@@ -11,6 +11,7 @@ import torch
 import main
 from fllama import runlog
 from fllama.clients import Turn
+from fllama.evaluate import Loss
 from fllama.runlog import RankReport, RunLog, cut_back_logs, read_losses, read_rounds
 from utils import Round
 
@@ -23,12 +24,12 @@ def reports_of(number, nan=False):
     for client, weight in ((2, 10), (0, 30), (5, 20)):
         turn = Turn(client, weight, {}, train_loss=NAN if nan and client == 2 else number + 0.1 * client, tokens=100)
         if number % 2 == 0:
-            turn.eval_loss = (6.0, 4) if client else (NAN, 4)
+            turn.eval_loss = Loss(6.0 if client else NAN, 4, 0)
         turns.append(turn)
     common = {"checksum": 1, "bytes_sent": 40, "bytes_between_machines": 4, "asked_to_stop": False}
     return [
-        RankReport(turns=turns[:2], global_loss=(30.0, 10), drift={2: 0.5, 0: 0.7}, memory=1.5, **common),
-        RankReport(turns=turns[2:], global_loss=(20.0, 10), drift={}, memory=2.5, **common),
+        RankReport(turns=turns[:2], global_loss=Loss(30.0, 10, 0), drift={2: 0.5, 0: 0.7}, memory=1.5, **common),
+        RankReport(turns=turns[2:], global_loss=Loss(20.0, 10, 0), drift={}, memory=2.5, **common),
     ]
 
 
@@ -82,7 +83,7 @@ def test_loss_of_several_models_is_their_mean():
     reports = reports_of(2)
     turns = runlog.turns_of(reports)
     for i, turn in enumerate(turns):
-        turn.global_eval_loss = (8.0 * i, 4)
+        turn.global_eval_loss = Loss(8.0 * i, 4, 0)
     assert runlog.global_loss(reports, turns) == pytest.approx((0 + 2 + 4) / 3)
 
 
