@@ -38,6 +38,16 @@ COLUMNS = {  # of the table: heading -> (what of a row, how)
     "MB sent": ("bytes", "{:,.1f}"),
     "seconds": ("seconds", "{:,.0f}"),
 }
+LONG_ANSWERS = {  # of the table instead, where exact match says little
+    "held-out loss": COLUMNS["held-out loss"],
+    "token accuracy": ("token_accuracy", "{:.1f}%"),
+    "ROUGE-L": ("rouge_l", "{:.1f}%"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "tokens": COLUMNS["tokens"],
+    "MB sent": COLUMNS["MB sent"],
+    "seconds": COLUMNS["seconds"],
+}
+NAMES = {"exact_match": "exact match", "token_accuracy": "token accuracy", "eval_loss": "held-out loss"}
 UNITS = {"bytes": 1e-6}  # of the table, where they are not those of the row
 
 
@@ -122,19 +132,28 @@ def comparison_row(name, folder):
     """Return what a run has to say in a comparison, from the summary that it has left in `folder`.
 
     Percent, on the global questions; if clients have models of their own, `exact_match` and `f1` are the means over
-    these, and `worst_client` is the worst of them. `own_...` is on each client's own held-out rows.
+    these, and `worst_client` is the worst of them. `own_...` is on each client's own held-out rows. `headline` names
+    the scores that say most.
     """
     summary = json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))
     clients, exact_match, loss = summary["per_client"], summary["exact_match"]["after"], summary["eval_loss"]["last"]
-    own = [client["exact_match"] for client in clients]
+    own, models = [], []  # exact match of each client on its own rows, and of its model on the global questions
+    for client in clients:
+        own.append(client["exact_match"])
+        models.append(client.get("global", {}).get("exact_match", exact_match))
+    others = {}
+    for key in ("rouge_l", "token_accuracy", "perplexity"):
+        others[key] = summary.get(key, {}).get("after")
     return {
         "name": name,
+        "headline": summary.get("headline", ["exact_match", "f1"]),
+        **others,
         "eval_loss": loss if loss is not None and math.isfinite(loss) else None,
         "exact_match": exact_match,
         "f1": summary["f1"]["after"],
-        "worst_client": min(client.get("global", {}).get("exact_match", exact_match) for client in clients),
-        "own_exact_match": sum(own) / len(own),
-        "own_worst_client": min(own),
+        "worst_client": least(models),
+        "own_exact_match": mean(own),
+        "own_worst_client": least(own),
         "tokens": summary["tokens"],
         "bytes": summary["bytes"],
         "seconds": summary["seconds"]["local"] + summary["seconds"]["average"],
@@ -149,19 +168,22 @@ def compare_rows(names, repeats):
     of the paired differences with its 95% interval, which is unresolved if it holds 0.
     """
     runs_of = dict(zip(names, zip(*repeats)))
-    rows, differences = [], []
+    rows, differences, score = [], [], "exact_match"
+    for run in itertools.chain.from_iterable(repeats):
+        if run and "exact_match" not in run.get("headline", ["exact_match"]):
+            score = "token_accuracy"
     for name, runs in runs_of.items():
         ended = [run for run in runs if run]
         row = {"name": name}
-        for key, _ in COLUMNS.values():
-            row[key] = mean([run[key] for run in ended])
+        for key, _ in (*COLUMNS.values(), *LONG_ANSWERS.values()):
+            row[key] = mean([run.get(key) for run in ended])
         rows.append(row | {"failed": len(runs) - len(ended), "runs": ended})
     for a, b in itertools.combinations(names, 2):
-        for key in ("exact_match", "eval_loss"):
+        for key in (score, "eval_loss"):
             difference = paired_difference(runs_of[a], runs_of[b], key)
             if difference:
                 differences.append({"a": a, "b": b, "of": key} | difference)
-    comparison = {"repeats": len(repeats), "rows": rows}
+    comparison = {"repeats": len(repeats), "score": score, "rows": rows}
     return comparison | {"differences": differences} if differences else comparison
 
 
@@ -169,7 +191,7 @@ def paired_difference(runs, others, key):
     """Return the mean of the paired differences with its 95% interval (Student's t); None with fewer than 3 pairs."""
     pairs = []
     for run, other in zip(runs, others):
-        if run and other and run[key] is not None and other[key] is not None:
+        if run and other and run.get(key) is not None and other.get(key) is not None:
             pairs.append(run[key] - other[key])
     if len(pairs) < 3:
         return None
@@ -184,13 +206,19 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
+def least(values):
+    return min((value for value in values if value is not None), default=None)
+
+
 # -----------------------------------------------------------------------------
 # tables and figure
 
 
 def comparison_tables(comparison):
     """Return the text of comparison.md."""
-    tables = [table_of_arms(comparison), table_of_clients(comparison["rows"])]
+    tables = [table_of_arms(comparison)]
+    if comparison["score"] == "exact_match":
+        tables.append(table_of_clients(comparison["rows"]))
     if "differences" in comparison:
         tables.append(table_of_differences(comparison["differences"]))
     else:
@@ -200,11 +228,12 @@ def comparison_tables(comparison):
 
 
 def table_of_arms(comparison):
-    lines = [["", *COLUMNS]]
+    columns = COLUMNS if comparison["score"] == "exact_match" else LONG_ANSWERS
+    lines = [["", *columns]]
     for row in comparison["rows"]:
         failed = f" ({row['failed']} of {comparison['repeats']} failed)" if row["failed"] else ""
         cells = [row["name"] + failed]
-        for key, form in COLUMNS.values():
+        for key, form in columns.values():
             cells.append("-" if row[key] is None else form.format(row[key] * UNITS.get(key, 1)))
         lines.append(cells)
     return align(lines)
@@ -231,7 +260,7 @@ def table_of_clients(rows):
 def table_of_differences(differences):
     lines = [["difference", "of", "mean", "95% interval", ""]]
     for each in differences:
-        form, name = ("{:+.1f}", "exact match") if each["of"] == "exact_match" else ("{:+.3f}", "held-out loss")
+        form, name = "{:+.3f}" if each["of"] == "eval_loss" else "{:+.1f}", NAMES[each["of"]]
         interval = f"{form.format(each['low'])} to {form.format(each['high'])}"
         verdict = "unresolved" if each["unresolved"] else ""
         lines.append([f"{each['a']} - {each['b']}", name, form.format(each["mean"]), interval, verdict])
@@ -252,20 +281,21 @@ def align(lines):
 
 
 def plot_comparison(comparison, path):
-    """Draw comparison.png: exact match on the global questions, and of each client on its own rows."""
-    rows = [row for row in comparison["rows"] if row["exact_match"] is not None]
+    """Draw comparison.png: the score on the global questions, and of each client on its own rows."""
+    score = comparison["score"]
+    rows = [row for row in comparison["rows"] if row[score] is not None]
     axes = report.new_axes((7, 1 + 0.5 * len(rows)))
     for height, row in enumerate(reversed(rows)):
-        own = [client["exact_match"] for run in row["runs"] for client in run["clients"]]
-        repeats = [run["exact_match"] for run in row["runs"]]
+        own = [client[score] for run in row["runs"] for client in run["clients"]]
+        repeats = [run[score] for run in row["runs"]]
         axes.plot(own, [height] * len(own), "|", color=report.GREY, markersize=9, alpha=0.7)
         ends = [min(repeats), max(repeats)]
         axes.plot(ends, [height] * 2, color=report.ORANGE, linewidth=3, solid_capstyle="round")
-        axes.plot(row["exact_match"], height, "o", color=report.ORANGE, markersize=9)
-        place = (row["exact_match"], height)
-        label = f"{row['exact_match']:.1f}%"
+        axes.plot(row[score], height, "o", color=report.ORANGE, markersize=9)
+        place = (row[score], height)
+        label = f"{row[score]:.1f}%"
         axes.annotate(label, place, (0, 8), textcoords="offset points", color=report.ORANGE, ha="center")
     axes.set(xlim=(-2, 102), ylim=(-0.6, len(rows) - 0.3), yticks=range(len(rows)))
     axes.set_yticklabels([textwrap.fill(row["name"], 28) for row in reversed(rows)])
-    axes.set_xlabel("exact match, percent:  ● all questions (bar: the repeats)    | each client's own")
+    axes.set_xlabel(f"{NAMES[score]}, percent:  ● all questions (bar: the repeats)    | each client's own")
     axes.figure.savefig(path, transparent=True)

@@ -43,6 +43,23 @@ def test_intervals_by_hand():
     assert "+2.0" in line and "-0.5 to +4.5" in line
 
 
+def test_long_answers_are_compared_by_token_accuracy():
+    """Where exact match is not the headline, table and differences show what is; a client without a score is "-"."""
+    scores = {"headline": ["token_accuracy", "rouge_l", "perplexity"], "rouge_l": 30.0, "perplexity": 2.5}
+    repeats = []
+    for accuracy in (50.0, 60.0, 70.0):
+        one, other = (row(name, None) | scores for name in "ab")
+        repeats.append([one | {"token_accuracy": accuracy + 1}, other | {"token_accuracy": accuracy}])
+    comparison = compare.compare_rows(["a", "b"], repeats)
+    assert comparison["rows"][0]["token_accuracy"] == 61 and comparison["rows"][0]["exact_match"] is None
+    assert [each["of"] for each in comparison["differences"]] == ["token_accuracy", "eval_loss"]
+    assert comparison["differences"][0]["mean"] == 1
+    tables = compare.comparison_tables(comparison)
+    assert "token accuracy" in tables and "exact match" not in tables
+    line = next(line for line in tables.splitlines() if line.startswith("| a "))
+    assert [cell.strip() for cell in line.split("|")[3:6]] == ["61.0%", "30.0%", "2.50"]
+
+
 def test_runs_that_failed_are_left_out_and_counted():
     repeats = [
         [row("a", 50), row("b", 40)],
