@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import utils
-from fllama import evaluate, report, runlog
+from fllama import card, evaluate, report, runlog
 from fllama.checkpoints import CLIENT_MODELS, GLOBAL_MODEL
 from fllama.options import keeps_own_models
 
@@ -51,7 +51,7 @@ def publish(args, run, comm, trainer, rows, server, clients, answers, global_los
         utils.write_aside(folder / "samples.json", json.dumps(samples, indent=2) + "\n")
     utils.write_aside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     tokenizer.save_pretrained(staging)
-    (staging / "README.md").write_text(report.model_card(args, run, summary), encoding="utf-8")
+    (staging / "README.md").write_text(card.model_card(args, run, summary), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)  # last of all: with the model there, the run is finished
     report.print_summary(args, rounds, summary, samples, target)

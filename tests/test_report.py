@@ -8,7 +8,7 @@ from conftest import ROOT, run_main
 from huggingface_hub import ModelCard
 
 import main
-from fllama import publish, report, runlog
+from fllama import card, publish, report, runlog
 from fllama.evaluate import Answered
 
 # -----------------------------------------------------------------------------
@@ -86,15 +86,15 @@ def test_loss_curves_of_rounds_without_an_evaluation(tmp_path):
 
 
 def test_rank_for_vllm():
-    assert [report.vllm_rank(r) for r in (1, 8, 9, 16, 100, 512, 600)] == [8, 8, 16, 16, 128, 512, 600]
+    assert [card.vllm_rank(r) for r in (1, 8, 9, 16, 100, 512, 600)] == [8, 8, 16, 16, 128, 512, 600]
 
 
 def test_words_of_the_card():
     args = main.parse_args("--lora_variant ffa --prox_mu 0.1 --scaffold --num_clients 8 --clients_per_round 2".split())
-    assert report.describe_averaging(args) == "`fedavg`, ffa, FedProx mu 0.1, SCAFFOLD"
+    assert card.describe_averaging(args) == "`fedavg`, ffa, FedProx mu 0.1, SCAFFOLD"
     assert report.describe_draw(args) == ", 2 drawn for each round"
     args = main.parse_args("--partition dirichlet --partition_column site --dirichlet_alpha 0.3".split())
-    assert report.describe_split(args) == "dirichlet by site, alpha 0.3" and report.describe_draw(args) == ""
+    assert card.describe_split(args) == "dirichlet by site, alpha 0.3" and report.describe_draw(args) == ""
 
 
 # -----------------------------------------------------------------------------
