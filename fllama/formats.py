@@ -44,7 +44,7 @@ def list_answers(answers):
     if isinstance(answers, str):
         answers = parsed_answers(answers)
     if isinstance(answers, dict):
-        answers = answers.get("text", [])
+        answers = [] if answers.get("text") is None else answers["text"]
     if answers is None:
         raise BadRow("answers has no list of texts")
     if not isinstance(answers, list):

@@ -429,6 +429,7 @@ ASKED = {"role": "user", "content": "How much?"}
         (SAMPLE | {"context": ["a"]}, "context is not a text"),
         (SAMPLE | {"question": " "}, "question is empty"),
         (SAMPLE | {"question": float("nan")}, "question is not a text"),
+        (SAMPLE | {"answers": None}, "answers has no list of texts"),
         (SAMPLE | {"answers": 7}, "an answer is not a text, or empty"),
         (SAMPLE | {"answers": ""}, "an answer is not a text, or empty"),
         (SAMPLE | {"answers": {"text": [""]}}, "an answer is not a text, or empty"),

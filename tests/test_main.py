@@ -65,10 +65,10 @@ def test_bad_rows(refused, tmp_path, capsys):
     """Up to 1% are left out and counted, by their numbers; more are refused."""
     good = {"context": "Rx: aspirin 30 mg.", "question": "How much aspirin?", "answers": {"text": ["30 mg"]}}
     rows = [good] * 200
-    rows[7], rows[99] = good | {"question": " "}, good | {"answers": {"text": [None]}}
+    rows[7], rows[99] = good | {"question": " "}, good | {"answers": None}
     path = write_rows(tmp_path / "rows.jsonl", rows)
     main.main(["--dataset_path", str(path), "--output_dir", str(tmp_path / "out")])
-    bad = "row 7 (question is empty), row 99 (an answer is not a text, or empty)"
+    bad = "row 7 (question is empty), row 99 (answers has no list of texts)"
     assert f"2 of 200 train rows are bad and left out: {bad}\n" in capsys.readouterr().out
     parts = json.loads((tmp_path / "out" / "partition.json").read_text())
     dealt = sorted(row for part in parts["clients"] for row in part["rows"]) + parts["held_out"]
