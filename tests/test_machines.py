@@ -29,6 +29,7 @@ FLAGS = "--num_clients 8 --num_rounds 12 --local_steps 2 --eval_rounds 6 --per_d
 FLAGS += "--learning_rate 1e-2 --lora_dropout 0.1".split()
 MEDIAN = "--aggregator median".split()  # has the same bits whoever plays whom
 # so that torchrun misses a machine soon, and the rest go on soon
+OWN_TRACEBACK = rf'File "{ROOT}/(main|federated|utils|fllama/)'  # libraries may lie in ROOT, too
 SOON = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4"
 
 
@@ -307,7 +308,7 @@ def assert_refused(both, flags, pattern, folders, **more):
     lines = [line for output in outputs for line in output.splitlines() if line.startswith("main.py: ")]
     assert len(lines) == 1 and re.fullmatch(f"main.py: error: {pattern}", lines[0]), "\n\n".join(outputs)
     for output in outputs:
-        assert f'File "{ROOT}' not in output, output  # no traceback but torchrun's own
+        assert not re.search(OWN_TRACEBACK, output), output  # no traceback but torchrun's own
     for folder in folders:
         assert not folder.exists() or not list(folder.iterdir())
     assert_nobody_is_left(both)
@@ -398,7 +399,7 @@ def test_full_disk(small_inputs, tmp_path, number):
     assert "main.py: cannot write: [Errno 28] No space left on device" in outputs[0]
     assert sum(output.count("main.py: cannot write") for output in outputs) == 1
     for output in outputs:
-        assert f'File "{ROOT}' not in output, output  # no traceback but torchrun's own
+        assert not re.search(OWN_TRACEBACK, output), output  # no traceback but torchrun's own
 
 
 @pytest.mark.parametrize(
