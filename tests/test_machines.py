@@ -28,8 +28,8 @@ needs_machines = pytest.mark.skipif(bool(why_not()), reason=why_not())
 FLAGS = "--num_clients 8 --num_rounds 12 --local_steps 2 --eval_rounds 6 --per_device_train_batch_size 1".split()
 FLAGS += "--learning_rate 1e-2 --lora_dropout 0.1".split()
 MEDIAN = "--aggregator median".split()  # has the same bits whoever plays whom
-# so that torchrun misses a machine soon, and the rest go on soon
 OWN_TRACEBACK = rf'File "{ROOT}/(main|federated|utils|fllama/)'  # libraries may lie in ROOT, too
+# so that torchrun misses a machine soon, and the rest go on soon
 SOON = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4"
 
 
