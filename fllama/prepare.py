@@ -143,8 +143,9 @@ def prepare_data(args, source, form, tokenizer, vocab_size, folder, started):
     show_rows(args, splits["train"], tokenizer)
     check_tokens(args, splits, vocab_size)
     left, has_held_out = len(splits["train"]), source.held_out is not None
+    digests = row_digests(splits["train"])
     if has_held_out:
-        splits["held_out"] = drop_known_rows(splits["held_out"], splits["train"])
+        splits["held_out"] = drop_known_rows(splits["held_out"], digests)
     if left < needed_rows(args.num_clients, has_held_out) or not all(map(len, splits.values())):
         fail(f"--max_length {args.max_length} cuts off too many answers: {left} training rows are left; raise it")
     datasets.disable_progress_bars()
@@ -158,7 +159,7 @@ def prepare_data(args, source, form, tokenizer, vocab_size, folder, started):
         labels = [values[number] for number in kept["train"]]
         names = sorted(set(values)) if args.partition in options.IN_THE_DATA else None
     parts, global_part = deal_rows(args, left, has_held_out, labels, names)
-    write_parts(args, splits["train"], parts, global_part, f"{folder}/data/parts.json")
+    write_parts(args, digests, parts, global_part, f"{folder}/data/parts.json")
     partition = describe_partition(args, parts, global_part, kept["train"], labels, names)
     return partition, digest_of_rows(f"{folder}/data")
 
@@ -241,9 +242,9 @@ def row_digests(rows):
     return [hashlib.md5(np.asarray(ids).tobytes(), usedforsecurity=False).digest() for ids in rows["input_ids"]]
 
 
-def drop_known_rows(held_out, train):
+def drop_known_rows(held_out, train_digests):
     """Return the held-out rows that are not among the training rows, too; says how many are left out."""
-    known = set(row_digests(train))
+    known = set(train_digests)
     new = [number for number, digest in enumerate(row_digests(held_out)) if digest not in known]
     dropped = len(held_out) - len(new)
     if dropped and new:
@@ -279,17 +280,17 @@ def deal_rows(args, num_rows, has_held_out, labels, names):
     return parts, global_part
 
 
-def write_parts(args, rows, parts, global_part, path):
+def write_parts(args, digests, parts, global_part, path):
     """Write which rows each client trains on and holds out, and which are the global held-out ones.
 
-    Held-out rows that a client trains on, too (equal tokens), are left out and counted.
+    `digests` are those of the rows, see `row_digests`. Held-out rows that a client trains on, too (equal tokens), are
+    left out and counted.
     """
     held_out, trained = [], []
     for part in parts:
         size = max(1, min(CLIENT_EVAL_ROWS, len(part) // 10))
         held_out.append(part[:size].tolist())
         trained.append(part[size:].tolist())
-    digests = row_digests(rows)
     known = {digests[number] for part in trained for number in part}
     dropped = 0
     for group in (*held_out, global_part := global_part.tolist()):

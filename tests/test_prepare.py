@@ -85,7 +85,8 @@ def test_each_client_holds_out_a_tenth_of_its_rows(tmp_path, centralized):
     """One at least, 16 at most; with --centralized one client trains on all that the clients would train on."""
     args = args_of("--num_clients", "3", "--num_rounds", "2", *["--centralized"] * centralized)
     parts = np.split(np.arange(1000), [5, 55])
-    prepare.write_parts(args, distinct(1002), parts, np.array([1000, 1001]), tmp_path / "parts.json")
+    digests = prepare.row_digests(distinct(1002))
+    prepare.write_parts(args, digests, parts, np.array([1000, 1001]), tmp_path / "parts.json")
     split = json.loads((tmp_path / "parts.json").read_text())
     assert [len(part) for part in split["held_out"]] == [1, 5, prepare.CLIENT_EVAL_ROWS]
     assert [len(part) for part in split["train"]] == ([1000 - 22] if centralized else [4, 45, 929])
@@ -101,12 +102,16 @@ def rows_of(ids):
     return datasets.Dataset.from_dict({"input_ids": [[number, 7] for number in ids]})
 
 
+def digests_of(ids):
+    return prepare.row_digests(rows_of(ids))
+
+
 def test_held_out_rows_that_are_training_rows_are_dropped(capsys):
-    kept = prepare.drop_known_rows(rows_of([1, 2, 3, 4]), rows_of([9, 3, 1, 3]))
+    kept = prepare.drop_known_rows(rows_of([1, 2, 3, 4]), digests_of([9, 3, 1, 3]))
     assert kept["input_ids"][:] == [[2, 7], [4, 7]]
     assert "2 of 4 held-out rows are training rows, too, and left out" in capsys.readouterr().out
-    assert len(prepare.drop_known_rows(rows_of([1, 2]), rows_of([3]))) == 2 and capsys.readouterr().out == ""
-    assert len(prepare.drop_known_rows(rows_of([1, 2]), rows_of([2, 1]))) == 2  # else nothing would be held out
+    assert len(prepare.drop_known_rows(rows_of([1, 2]), digests_of([3]))) == 2 and capsys.readouterr().out == ""
+    assert len(prepare.drop_known_rows(rows_of([1, 2]), digests_of([2, 1]))) == 2  # else nothing would be held out
     assert "all 2 held-out rows are training rows, too" in capsys.readouterr().out
 
 
@@ -116,7 +121,7 @@ def test_rows_that_a_client_holds_out_and_another_trains_on_are_dropped(tmp_path
     ids[30], ids[35] = ids[0], ids[40]
     args = args_of("--num_clients", "2", "--num_rounds", "1")
     parts = [np.arange(20), np.arange(20, 40)]
-    prepare.write_parts(args, rows_of(ids), parts, np.array([40, 41]), tmp_path / "parts.json")
+    prepare.write_parts(args, digests_of(ids), parts, np.array([40, 41]), tmp_path / "parts.json")
     split = json.loads((tmp_path / "parts.json").read_text())
     assert split["held_out"] == [[1], [20, 21]] and split["global"] == [41]
     assert sorted(sum(split["train"], [])) == [*range(2, 20), *range(22, 40)]
