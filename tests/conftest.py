@@ -53,6 +53,31 @@ def run_main(*flags, **environment):
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """Returns a function that runs main with flags, expects exit code 2 and returns the one line it says."""
+
+    def fail(*args):
+        raise AssertionError("the ranks were started")
+
+    monkeypatch.setattr(launch, "run_to_the_end", fail)
+    monkeypatch.chdir(ROOT)
+
+    def refuse(*flags):
+        flags = [str(flag) for flag in flags]
+        if "--output_dir" not in flags:
+            flags += ["--output_dir", str(tmp_path / "out")]
+        with pytest.raises(SystemExit) as stop:
+            main.main(flags)
+        assert stop.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if not line.startswith("usage:")]
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return refuse
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder and the output of a run of the embedded default: 2 ranks, 4 rounds of 2 steps."""

@@ -15,26 +15,6 @@ from fllama import checkpoints, launch, options, runlog
 # bad input: one line, exit code 2, before a model is loaded
 
 
-@pytest.fixture
-def refused(capsys, tmp_path, monkeypatch):
-    """Returns a function that runs main with flags, expects exit code 2 and returns the one line it says."""
-    monkeypatch.setattr(launch, "run_to_the_end", lambda target, args, run: None)  # no rank is ever started
-
-    def refuse(*flags):
-        flags = [str(flag) for flag in flags]
-        if "--output_dir" not in flags:
-            flags += ["--output_dir", str(tmp_path / "out")]
-        with pytest.raises(SystemExit) as stop:
-            main.main(flags)
-        assert stop.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        lines = [line for line in lines if not line.startswith("usage:")]
-        assert len(lines) == 1, lines
-        return lines[0]
-
-    return refuse
-
-
 def test_a_run_of_a_comparison_is_refused_before_the_first_begins(refused):
     column = ["--partition", "column", "--partition_column", "site"]  # 8 clients, as is known from the data alone
     assert "krum needs 9 clients" in refused("--compare", "fedavg, krum --num_malicious 3", *column)
@@ -61,8 +41,9 @@ def test_bad_files(refused, tmp_path):
     assert line.endswith("and 47 more")
 
 
-def test_bad_rows(refused, tmp_path, capsys):
+def test_bad_rows(refused, tmp_path, capsys, monkeypatch):
     """Up to 1% are left out and counted, by their numbers; more are refused."""
+    monkeypatch.setattr(launch, "run_to_the_end", lambda target, args, run: None)  # no rank is ever started
     good = {"context": "Rx: aspirin 30 mg.", "question": "How much aspirin?", "answers": {"text": ["30 mg"]}}
     rows = [good] * 200
     rows[7], rows[99] = good | {"question": " "}, good | {"answers": None}

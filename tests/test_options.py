@@ -6,40 +6,18 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT, read_adapters
+from conftest import read_adapters
 from workers import layouts_rank
 
 import main
 import utils
-from fllama import launch, options, runlog
+from fllama import options, runlog
 from fllama.narrow import CODE_BLOCK
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do it")
 
 # -----------------------------------------------------------------------------
 # bad flags: one line, exit code 2, before a model is loaded
-
-
-@pytest.fixture
-def refused(capsys, tmp_path, monkeypatch):
-    """Returns a function that runs main with flags, expects exit code 2 and returns the one line it says."""
-
-    def fail(*args):
-        raise AssertionError("the ranks were started")
-
-    monkeypatch.setattr(launch, "run_to_the_end", fail)
-    monkeypatch.chdir(ROOT)
-
-    def refuse(*flags):
-        with pytest.raises(SystemExit) as stop:
-            main.main([*flags, "--output_dir", str(tmp_path / "out")])
-        assert stop.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        lines = [line for line in lines if not line.startswith("usage:")]
-        assert len(lines) == 1, lines
-        return lines[0]
-
-    return refuse
 
 
 @pytest.mark.parametrize(
