@@ -29,10 +29,9 @@ import tempfile
 from pathlib import Path
 
 import datasets
-import torch
 
 import utils
-from fllama import checkpoints, compare, estimate, launch, machines, options, prepare, report, sources, use
+from fllama import checkpoints, compare, estimate, gpus, launch, machines, options, prepare, report, sources, use
 from fllama.options import columns, fraction, not_negative, not_negative_int, positive, seed
 
 SCHEDULES = ["cosine", "linear", "constant", "constant_with_warmup"]
@@ -151,7 +150,7 @@ def parse_args(argv=None):
     parser.error = options.fail
     args = parser.parse_args(argv)
     args.partition = args.partition or sources.default_partition(options.absolute(args.dataset_path))
-    options.complete(args, torch.cuda.device_count())
+    options.complete(args, gpus.count_gpus())
     return args
 
 
@@ -168,15 +167,15 @@ def main(argv=None, target=None):
             args = parse_args(flags)
             token, command = args.hf_token, options.describe_command(flags, args.hf_token)
             prepare_all = functools.partial(prepared_run, command=command)
-            if machines.join(args, torch.cuda.device_count(), prepare_all, target):
+            if machines.join(args, gpus.count_gpus(), prepare_all, target):
                 use.push(args, token)
             return
         args = parse_args(flags)
         folder = Path(args.output_dir)
         if args.dry_run:
-            estimate.dry_run(args, torch.cuda.device_count())
+            estimate.dry_run(args, gpus.count_gpus())
         elif args.ask is not None or args.merge:
-            use.use(args, torch.cuda.device_count())
+            use.use(args, gpus.count_gpus())
         elif args.compare:
             with checkpoints.locked_output_dir(folder):
                 compare.compare(args, flags, parse_args, lambda each, words: run_once(each, words, target))
@@ -188,7 +187,7 @@ def main(argv=None, target=None):
 def run_once(args, flags, target):
     """Run one federation on this machine: prepare, launch the ranks, publish."""
     checkpoints.check_output_dir(args)
-    if not torch.cuda.device_count():  # a GPU's driver does not survive a fork
+    if not gpus.count_gpus():  # a GPU's driver does not survive a fork
         launch.start_imports()
     token = args.hf_token
     with prepared_run(args, options.describe_command(flags, token)) as run:
@@ -204,7 +203,8 @@ def prepared_run(args, command):
 
     A context manager that gives a Run, or None if the run in output_dir is finished.
     """
-    num_gpus, versions = torch.cuda.device_count(), prepare.find_versions()
+    num_gpus, versions = gpus.count_gpus(), prepare.find_versions()
+    check_of_gpus = gpus.start_check(num_gpus)
     source, form = prepare.find_rows(args, num_gpus)
     started = checkpoints.start_of_run(args)
     config = checkpoints.make_config(args, num_gpus=num_gpus, versions=versions, started=started.isoformat())
@@ -215,6 +215,7 @@ def prepared_run(args, command):
         use.make_repository(args)
         yield None
         return
+    gpus.finish_check(check_of_gpus)
     for left in Path(args.output_dir).glob(".prepared-*"):  # by a run that was killed
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".prepared-") as folder:

@@ -10,10 +10,8 @@ import textwrap
 from pathlib import Path
 from statistics import stdev
 
-import torch
-
 import utils
-from fllama import checkpoints, prepare, report
+from fllama import checkpoints, gpus, prepare, report
 from fllama.options import fail
 
 ARMS = {  # name -> flags
@@ -76,7 +74,7 @@ def compare(args, flags, parse_args, run_once):
     """
     folder, arms = Path(args.output_dir), find_arms(args.compare)
     runs = plan_runs(args, flags, arms, parse_args)
-    num_gpus = torch.cuda.device_count()
+    num_gpus = gpus.count_gpus()
     for _, _, each, _ in runs[: len(arms)]:
         prepare.find_rows(copy.copy(each), num_gpus)  # what can be refused is refused before the first run
     if args.overwrite:  # else an earlier one that was longer would be mixed with this one

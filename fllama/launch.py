@@ -8,6 +8,7 @@ import multiprocessing.forkserver
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch.multiprocessing as mp
 
-from fllama import checkpoints, runlog
+from fllama import checkpoints, gpus, runlog
 from fllama.options import ASSETS, first_line
 
 STOPPED = 143  # exit code of a rank that has finished its round and saved after a request to stop
@@ -31,7 +32,8 @@ ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 MAKE_ROOM = "; make room on the disk of --output_dir"
 ADVICE = {  # by a part of the message of an error in a rank
-    "OutOfMemoryError": "; lower --per_device_train_batch_size, then --max_length",
+    "OutOfMemoryError": "; lower --per_device_train_batch_size, then --max_length, or --optim paged_adamw_32bit",
+    "imed out waiting": "; another rank is gone, or took longer than --timeout",
     "PytorchStreamWriter failed": MAKE_ROOM,
     "unexpected pos": MAKE_ROOM,  # of the same writer
     "o space left": MAKE_ROOM,
@@ -74,12 +76,11 @@ def isolate_rank(rank, args, run):
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     if run.num_gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(run.num_gpus)))
         rank_here = rank - run.machine_of_rank.index(run.machine_of_rank[rank])
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank_here % run.num_gpus]
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.visible_gpus(run.num_gpus)[rank_here % run.num_gpus]
     # unless torchrun's ranks have said otherwise, all are on this machine, and nobody else has to see them
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")  # without =, NCCL takes all names that begin like it
 
 
 @dataclass
@@ -106,12 +107,22 @@ def run_and_report(rank, target, args, run, parent, writers):
     except EndRun as ended:
         report = ExitReport(ended.code, ended.text)
     except BaseException as error:
-        text = f"{type(error).__name__}: {first_line(error)}"
-        text += next((advice for sign, advice in ADVICE.items() if sign in text), "")
-        report = ExitReport(1, text, traceback.format_exc()[-10_000:])
+        report = ExitReport(1, describe_error(error), traceback.format_exc()[-10_000:])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     report.time = time.time()
-    writers[rank].send(report)
-    sys.exit(report.code)
+    writers[rank].send(report)  # from now on, the parent may end this process
+    os._exit(report.code)  # destructors may wait for other ranks: NCCL's for up to --timeout minutes
+
+
+def describe_error(error):
+    """Return what went wrong in a rank, in one line, with advice where there is some."""
+    text = f"{type(error).__name__}: {first_line(error)}"
+    for sign, advice in ADVICE.items():
+        if sign in text:
+            return text + advice
+    return text
 
 
 def die_with_parent():
@@ -151,7 +162,8 @@ def run_to_the_end(target, args, run):
     """
     folder = Path(args.output_dir)
     for attempt in range(args.restarts + 1):
-        code, message = launch(target, args, replace(run, rendezvous=f"{run.data_path}_rendezvous_{attempt}"))
+        with tempfile.TemporaryDirectory(prefix="federated-") as rendezvous:  # output_dir may be on a network disk
+            code, message = launch(target, args, replace(run, rendezvous=f"{rendezvous}/attempt_{attempt}"))
         if not code:
             return
         if code != 1:  # it would come to the same again
@@ -220,23 +232,26 @@ def describe_stop(args):
 
 
 def wait_for_ranks(processes, readers, reports, stop=False):
-    """Collect the exit reports until all processes have ended, or one has otherwise than it should.
+    """Collect the exit reports until all are in, or a rank has ended otherwise than it should.
 
-    With `stop`, ask them to finish their round, save and end, until all have reported that.
+    Nobody waits for the process of a rank that has reported. With `stop`, ask all ranks to finish their round, save and
+    end.
     """
     good = (0, STOPPED) if stop else (0,)
     if stop:
         for process in processes:
             process.terminate()
-    running = True
-    while running and not (stop and all(reports)):
-        running = [process.sentinel for process in processes if process.is_alive()]
-        collect_reports(readers, reports)
-        ended = [reports[rank] for rank, process in enumerate(processes) if process.sentinel not in running]
-        if any(report is None or report.code not in good for report in ended):
-            return
-        if running:
-            multiprocessing.connection.wait(running, timeout=1 if stop else None)
+    while not all(reports):
+        alive = [process.is_alive() for process in processes]
+        collect_reports(readers, reports)  # a rank that had ended before has reported, or never will
+        waiting = []
+        for rank, report in enumerate(reports):
+            if report is None and not alive[rank] or report and report.code not in good:
+                return
+            if report is None:
+                waiting += [processes[rank].sentinel, readers[rank]]
+        if waiting:
+            multiprocessing.connection.wait(waiting)
 
 
 def collect_reports(readers, reports):

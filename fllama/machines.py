@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fllama import basemodel, checkpoints
-from fllama.launch import STOPPED, EndRun, die_with_parent
+from fllama import basemodel, checkpoints, gpus
+from fllama.launch import STOPPED, EndRun, describe_error, die_with_parent
 from fllama.options import fail
 
 SIOCGIFADDR = 0x8915  # of the kernel's sockios.h: the address of a network interface
@@ -38,6 +38,8 @@ def join(args, num_gpus, prepared_run, target):
     rank has finished the run and may publish it.
     """
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    other_machine = rank > 0 and local_rank == 0  # that of rank 0 is checked by prepared_run
+    check_of_gpus = gpus.start_check(num_gpus) if other_machine else None
     die_with_parent()  # an agent that is killed leaves nobody
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))  # of Ctrl-C, torchrun sends that
@@ -57,6 +59,7 @@ def join(args, num_gpus, prepared_run, target):
         args.resume = (Path(args.output_dir) / "config.json").exists()
         models = meeting.share(lambda: find_model_here(args, local_rank))  # (folder, digest) from first ranks
         meeting.share(lambda: check_models(hosts, models) if rank == 0 else None)
+        meeting.share(lambda: gpus.finish_check(check_of_gpus))
         run, args = meeting.share(lambda: prepare_for_all(args, rank, prepared_run, stack))[0]
         if run is None:
             return rank == 0
@@ -67,6 +70,9 @@ def join(args, num_gpus, prepared_run, target):
             target(rank, args, run)
         except EndRun as ended:
             end_rank(rank, ended)
+        except Exception as error:
+            print(f"main.py: rank {rank} failed: {describe_error(error)}", file=sys.stderr, flush=True)
+            raise
         return rank == 0
 
 
@@ -196,7 +202,7 @@ def choose_interface():
     if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
         interface = find_interface(os.environ["MASTER_ADDR"])
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without =, NCCL takes all names that begin like it
 
 
 def find_interface(address):

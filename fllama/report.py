@@ -63,6 +63,7 @@ def print_header(args, run, rows, server, clients, model_bytes):
     if args.lora_variant != "lora":
         averaging.append(f"variant {args.lora_variant}")
     machines = f" on {len(set(run.machine_of_rank))} machines" if len(set(run.machine_of_rank)) > 1 else ""
+    ranks_here = run.machine_of_rank.count(run.machine_of_rank[0])  # the GPUs are those of this machine
     lines = [
         f"{args.model_name}, {describe_precision(args)}, LoRA r={args.lora_r}",
         f"  clients    {len(num_train)}{describe_draw(args)}, {each} training rows each; "
@@ -72,10 +73,11 @@ def print_header(args, run, rows, server, clients, model_bytes):
         + ", ".join(averaging + describe_local_terms(args)),
         f"  device     {describe_device(args, run)}, {args.backend}, {args.world_size} rank(s){machines}",
     ]
-    if 0 < run.num_gpus < args.world_size:
+    if 0 < run.num_gpus < ranks_here:
+        fewer = f"--world_size {run.num_gpus}" if not machines else f"--nproc_per_node {run.num_gpus} of torchrun"
         lines.append(
-            f"  copies     {args.world_size} of the model, {model_bytes / 1e9:.1f} GB each; "
-            f"--world_size {run.num_gpus} --num_clients {args.num_clients} holds one a GPU, and plays clients in turn"
+            f"  copies     {ranks_here} of the model, {model_bytes / 1e9:.1f} GB each; "
+            f"{fewer} --num_clients {args.num_clients} holds one a GPU, and plays clients in turn"
         )
     if len(num_train) > args.world_size:
         playing = {client for played in rows.plan for client in played.clients()}
@@ -118,8 +120,10 @@ def describe_local_terms(args):
 def describe_device(args, run):
     if not run.num_gpus:
         return f"CPU, {torch.get_num_threads()} thread(s) a rank"
-    shared = ", shared by the ranks" if run.num_gpus < args.world_size else ""
-    return f"{min(run.num_gpus, args.world_size)} x {torch.cuda.get_device_name()}{shared}"
+    ranks_here = run.machine_of_rank.count(run.machine_of_rank[0])
+    shared = ", shared by the ranks" if run.num_gpus < ranks_here else ""
+    each = " a machine" if len(set(run.machine_of_rank)) > 1 else ""
+    return f"{min(run.num_gpus, ranks_here)} x {torch.cuda.get_device_name()}{each}{shared}"
 
 
 # -----------------------------------------------------------------------------

@@ -37,7 +37,11 @@ def use(args, num_gpus):
     try:
         model = load_finished(args, model_path, folder, num_gpus)
     except RuntimeError as error:
-        fail(f"--model_name {args.model_name} does not fit the adapter in {folder}: {first_line(error)}")
+        if "size mismatch" in str(error):
+            fail(f"--model_name {args.model_name} does not fit the adapter in {folder}: {first_line(error)}")
+        advice = "; CUDA_VISIBLE_DEVICES= main.py ... runs on the CPU" if "out of memory" in str(error) else ""
+        print(f"main.py: the model cannot be loaded: {first_line(error)}{advice}", file=sys.stderr)
+        raise SystemExit(1) from None
     if args.ask is not None:
         for question in [args.ask] if args.ask else read_questions():
             print(answer_question(model, tokenizer, question, args.context, started, args.max_new_tokens), flush=True)
