@@ -71,10 +71,10 @@ def local_train(rank, args, run):
             sequences = rows.sequences_of_turn(client, number)
             turn.tokens, turn.rows_read = data.count_tokens(sequences), rows.rows_of_turn(client, number)
             batches = data.read_batches(sequences, trainer)
-            local_steps(
+            loss = local_steps(
                 args, trainer, batches, parameters, server, clients.state_of(client), turn, number, learning_rate_at
             )
-            hand_in(turn, parameters, private, server.start)
+            hand_in(turn, loss, parameters, private, server.start)
             if number == first_round:
                 turn.tokens_digest = data.digest_of(sequences)
             if number == first_round or private:
@@ -98,11 +98,11 @@ def local_train(rank, args, run):
         good = [turn for turn in turns if turn.client not in rejected]
         state = server.strategy_state(number)
         average = utils.federated_average(model, args.world_size, server.start, good, strategy, state, comm, shared)
-        update_norm = check_average(log, number, average)
+        averaged = server.start = utils.flatten_parameters(parameters, comm.device)
+        update_norm, drift, checksum = measure(good, average, averaged)
+        check_average(log, number, update_norm)
         if args.scaffold:
             move_control(args, comm, server, clients, good)
-        drift = distances(good, average, update_norm)
-        averaged = server.start = utils.flatten_parameters(parameters, comm.device)
         undo_rejected(clients, turns, rejected)
         seconds["average"] = log.lap()
 
@@ -113,7 +113,7 @@ def local_train(rank, args, run):
             turns=[turn.report() for turn in turns],
             global_loss=global_loss,
             drift=drift,
-            checksum=runlog.checksum(averaged),
+            checksum=checksum,
             memory=peak_memory(),
             bytes_sent=comm.bytes_sent,
             bytes_between_machines=comm.bytes_between_machines,
@@ -238,7 +238,7 @@ def private_parameters(args, model):
 
 
 def local_steps(args, trainer, batches, parameters, server, client_state, turn, number, learning_rate_at):
-    """Take the optimizer steps of a client in round `number`; notes in `turn` what came of them."""
+    """Take the optimizer steps of a client in round `number`; returns its mean loss, a tensor on the model's device."""
     # its dropout masks are its own, whatever its rank did before
     torch.manual_seed(int(np.random.SeedSequence([args.seed, turn.client, number]).generate_state(1)[0]))
     accelerator, optimizer, scaler = trainer.accelerator, trainer.optimizer, trainer.accelerator.scaler
@@ -273,16 +273,19 @@ def local_steps(args, trainer, batches, parameters, server, client_state, turn, 
         if scaler and scaler.get_scale() < scale:
             turn.step_skipped = True
 
-    turn.train_loss = loss.item() / args.local_steps
     if args.scaffold:
         turn.gradient = utils.flatten_parameters(gradient_sums) / args.local_steps
+    return loss.double() / args.local_steps
 
 
-def hand_in(turn, parameters, private, start):
-    """Note in `turn` how far the shared parameters moved from `start` (P,)."""
+def hand_in(turn, loss, parameters, private, start):
+    """Note in `turn` its loss, and how far the shared parameters moved from `start` (P,)."""
     turn.update = utils.flatten_parameters(parameters, start.device).sub_(start)
-    turn.norm = torch.linalg.vector_norm(turn.update, dtype=torch.float64).item()
-    if not all(parameter.isfinite().all() for parameter in private):
+    norm = torch.linalg.vector_norm(turn.update, dtype=torch.float64)
+    finite = utils.flatten_parameters(private, loss.device).isfinite().all()
+    numbers = torch.stack([loss, norm.to(loss.device), finite.double()])
+    turn.train_loss, turn.norm, all_finite = numbers.tolist()  # the one wait for the GPU before the averaging
+    if not all_finite:
         turn.norm = math.inf
 
 
@@ -343,14 +346,30 @@ def undo_rejected(clients, turns, rejected):
             clients.undo(turn)
 
 
-def check_average(log, number, average):
-    """Return the norm of the averaged update; end the run if it is not finite. The same on all ranks."""
-    norm = torch.linalg.vector_norm(average, dtype=torch.float64).item()
-    if not math.isfinite(norm):
+def measure(turns, average, averaged):
+    """Return (norm of the averaged update, drift of this rank's clients, checksum of the averaged parameters).
+
+    `average` (P,) is the update, `averaged` (P,) what the parameters have come to. Drift is {client: distance of its
+    update from the averaged one, relative to the norm of the latter}; empty if that is 0.
+    """
+    numbers = [torch.linalg.vector_norm(average, dtype=torch.float64), runlog.checksum(averaged)]
+    for turn in turns:
+        difference = load_vector(turn.update, average.device) - average
+        numbers.append(torch.linalg.vector_norm(difference).double())
+    update_norm, checksum, *distances = torch.stack(numbers).tolist()  # the one wait for the GPU after the averaging
+    drift = {}
+    for turn, distance in zip(turns, distances):
+        if update_norm:
+            drift[turn.client] = round(distance / update_norm, 6)
+    return update_norm, drift, checksum
+
+
+def check_average(log, number, update_norm):
+    """End the run if the averaged update is not finite. The same on all ranks."""
+    if not math.isfinite(update_norm):
         log.wait()
         text = f"round {number}: the averaged update is not finite; lower --learning_rate or --server_lr"
         raise launch.EndRun(3, text)
-    return norm
 
 
 def move_control(args, comm, server, clients, turns):
@@ -366,15 +385,6 @@ def move_control(args, comm, server, clients, turns):
         state.control = turn.gradient
         comm.bytes_sent += 4 * turn.gradient.numel()
     server.control += (comm.sum_vector(change) / args.num_clients).float()
-
-
-def distances(turns, average, update_norm):
-    """Return {client: distance of its update from the averaged one, relative to the norm of the latter}."""
-    found = {}
-    for turn in turns if update_norm else []:
-        difference = load_vector(turn.update, average.device) - average
-        found[turn.client] = round(torch.linalg.vector_norm(difference).item() / update_norm, 6)
-    return found
 
 
 # -----------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=positive(float), help="peak of AdamW (default: 2e-4, embedded model 1e-2)")
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="curve over the whole run, not over a round")
     add("--warmup_steps", type=not_negative, default=0.05, help="steps, or below 1 the share of all steps")
-    add("--optim", choices=OPTIMIZERS, help="optimizer (default: paged_adamw_32bit, on the CPU adamw_torch)")
+    add("--optim", choices=OPTIMIZERS, help="optimizer (default: adamw_torch, on GPUs fused; paged: less GPU memory)")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="less memory (default: on GPUs)")
     add("--torch_compile", action="store_true", help="compile the model in its first steps")
     add("--use_liger_kernel", action="store_true", help="fused layers on GPUs: pip install liger-kernel")

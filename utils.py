@@ -221,15 +221,19 @@ def shared_parameters(model, part=""):
 
 def flatten_parameters(parameters, device="cpu"):
     """Copy parameters into one float32 vector (P,) on `device`."""
-    parts = [parameter.detach().float().reshape(-1) for parameter in parameters]
-    return torch.cat(parts or [torch.empty(0)]).to(device)
+    parts = [parameter.detach().reshape(-1) for parameter in parameters]
+    return torch.cat(parts or [torch.empty(0)]).float().to(device)
 
 
 def unflatten_parameters(parameters, vector):
-    """Copy a vector (P,) back into the parameters."""
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, values in zip(parameters, vector.split(sizes)):
-        parameter.data.copy_(values.view_as(parameter))
+    """Copy a vector (P,) back into the parameters, by one call for all of them."""
+    if parameters:
+        device = parameters[0].device
+        vector = vector.to(device, non_blocking=device.type == "cuda")
+        parts = vector.split([parameter.numel() for parameter in parameters])
+        parts = [part.view_as(parameter) for part, parameter in zip(parts, parameters)]
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, parts)
 
 
 def federated_average(model, world_size, start=None, turns=None, strategy=fedavg, state=None, comm=None, part=""):
@@ -244,14 +248,12 @@ def federated_average(model, world_size, start=None, turns=None, strategy=fedavg
     if comm.world_size != world_size:
         raise ValueError(f"world_size is {world_size}, but there are {comm.world_size} ranks")
     parameters = shared_parameters(model, part)
-    sizes = [parameter.numel() for parameter in parameters]
     if start is None:
-        start = torch.zeros(sum(sizes), device=comm.device)
+        start = torch.zeros(sum(parameter.numel() for parameter in parameters), device=comm.device)
         turns = [Update(comm.rank, 1.0, flatten_parameters(parameters, comm.device), residuals={})]
     clients = Clients(comm, turns, start, [parameter.shape for parameter in parameters], part)
     average = strategy(clients, {} if state is None else state)
-    for parameter, before, change in zip(parameters, start.split(sizes), average.split(sizes)):
-        parameter.data.copy_((before + change).view_as(parameter))  # tensor by tensor: stays in the cache
+    unflatten_parameters(parameters, start + average)
     return average
 
 

@@ -43,7 +43,7 @@ def traced_rank(rank, args, run):
 
     trace, original = [], federated.local_steps
 
-    def local_steps(args, trainer, batches, parameters, server, client_state, turn, rates):
+    def local_steps(args, trainer, batches, parameters, server, client_state, turn, *more):
         lora, optimizer_step = federated.lora_parameters(trainer.model), trainer.optimizer.step
 
         def note(step):
@@ -55,8 +55,9 @@ def traced_rank(rank, args, run):
 
         note(0)
         trainer.optimizer.step = noted_step
-        original(args, trainer, batches, parameters, server, client_state, turn, rates)
+        loss = original(args, trainer, batches, parameters, server, client_state, turn, *more)
         trainer.optimizer.step = optimizer_step
+        return loss
 
     federated.local_steps = local_steps
     main.run_rank(rank, args, run)

@@ -11,7 +11,7 @@ import utils
 class ClientState:
     """What a client keeps in host memory between its turns; saved in a checkpoint as one file per client."""
 
-    optimizer: list | None = None  # a dict of tensors per parameter: AdamW's moments
+    optimizer: dict | None = None  # of all parameters, by kind: AdamW's moments
     scaler: dict | None = None  # fp16: state of the gradient scaler
     private: torch.Tensor | None = None  # LoRA parameters that it does not share
     control: torch.Tensor | None = None  # SCAFFOLD's c_i (P,): its mean gradient of its last turn
@@ -151,31 +151,60 @@ def create_optimizer_state(optimizer):
 
 
 def save_optimizer_state(optimizer):
-    """Copy an optimizer's state into host memory: one dict per parameter."""
-    saved = []
-    for parameter in optimizer_parameters(optimizer):
-        state = {}
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if torch.is_tensor(value):
-                value = value.to("cpu", copy=True)
-            if not is_code_book(name):
-                state[name] = value
-        saved.append(state)
+    """Copy an optimizer's state into host memory.
+
+    Returns {kind: one vector of all parameters, or a list with a number of each}; see `state_by_kind`.
+    """
+    saved = {}
+    for kind, values in state_by_kind(optimizer).items():
+        if torch.is_tensor(values[0]):
+            saved[kind] = copy_to_host(torch.cat([value.reshape(-1) for value in values]))
+        else:
+            saved[kind] = list(values)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # once for all kinds
     return saved
 
 
 def load_optimizer_state(optimizer, saved):
     """Copy a saved state back, in place; None is a new state: zeros, as optimizers begin."""
-    for i, parameter in enumerate(optimizer_parameters(optimizer)):
+    for kind, values in state_by_kind(optimizer).items():
+        if not torch.is_tensor(values[0]):
+            numbers = saved[kind] if saved else [0] * len(values)
+            for parameter, number in zip(optimizer_parameters(optimizer), numbers):
+                optimizer.state[parameter][kind] = number
+        elif saved:
+            utils.unflatten_parameters(values, saved[kind])
+        else:
+            torch._foreach_zero_(values)
+
+
+def state_by_kind(optimizer):
+    """Return {kind: values of all parameters}, of everything that an optimizer keeps, such as AdamW's two moments.
+
+    A kind is a name, of tensors with their dtype (8-bit optimizers keep small ones in 32 bits), and whether they are
+    paged: those are in the host's memory, small ones of the same optimizer on the GPU.
+    """
+    kinds = {}
+    for parameter in optimizer_parameters(optimizer):
         for name, value in optimizer.state.get(parameter, {}).items():
             if is_code_book(name):
                 continue
-            if not torch.is_tensor(value):
-                optimizer.state[parameter][name] = saved[i][name] if saved else 0
-            elif saved:
-                value.copy_(saved[i][name])
-            else:
-                value.zero_()
+            kind = name
+            if torch.is_tensor(value):
+                kind += f" {value.dtype}" + " paged" * getattr(value, "is_paged", False)
+            kinds.setdefault(kind, []).append(value)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # paged tensors are read and written by the host itself
+    return kinds
+
+
+def copy_to_host(vector):
+    """Return a copy in host memory; one from a GPU is on its way until torch.cuda.synchronize()."""
+    if vector.device.type == "cpu":
+        return vector
+    copy = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)  # page-locked, without which it would wait
+    return copy.copy_(vector, non_blocking=True)
 
 
 def optimizer_parameters(optimizer):

@@ -43,7 +43,7 @@ def add_losses(losses):
 def evaluate(trainer, rows):
     """Return the Loss of `rows`."""
     trainer.model.eval()
-    nats, tokens, correct = 0.0, 0, 0
+    sums = torch.zeros(3, dtype=torch.float64, device=trainer.args.device)  # whole numbers are exact in it
     longest_first = np.argsort(rows["length"], kind="stable")[::-1]  # next to others as long: less padding
     rows = rows.select(longest_first).select_columns(["input_ids", "labels"])
     batches = DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
@@ -51,10 +51,9 @@ def evaluate(trainer, rows):
         batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
         with trainer.compute_loss_context_manager():
             outputs = trainer.model(**batch, use_cache=False, fused_lm_head=True)  # TRL's: log-probabilities of labels
-        nats -= outputs.log_probs.sum().item()
-        tokens += outputs.label_mask.sum().item()
-        correct += outputs.is_top1.sum().item()
-    return Loss(nats, tokens, correct)
+        sums += torch.stack([outputs.log_probs.sum(), outputs.label_mask.sum(), outputs.is_top1.sum()]).double()
+    log_probability, tokens, correct = sums.tolist()
+    return Loss(-log_probability, int(tokens), int(correct))
 
 
 # -----------------------------------------------------------------------------

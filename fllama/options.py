@@ -123,7 +123,7 @@ def complete(args, num_gpus):
     args.model_name, args.dataset_path = absolute(args.model_name), absolute(args.dataset_path)
     args.output_dir = os.path.expanduser(args.output_dir)
     args.learning_rate = args.learning_rate or (1e-2 if args.model_name == EMBEDDED_MODEL else 2e-4)
-    args.optim = args.optim or ("paged_adamw_32bit" if num_gpus else "adamw_torch")
+    args.optim = args.optim or ("adamw_torch_fused" if num_gpus else "adamw_torch")
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = num_gpus > 0
     args.eval_rounds = args.eval_rounds or max(1, args.num_rounds // 5)

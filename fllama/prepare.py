@@ -4,6 +4,7 @@ import collections
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from fllama.options import fail
 
 CLIENT_EVAL_ROWS = 16  # at most so many rows of each client are held out, and at most a tenth of its rows
 MAX_BAD_ROWS, SHOWN_ROWS = 0.01, 3  # share of rows that may be bad and are left out; bad rows that are named
+ROWS_PER_PROCESS, MAX_PROCESSES = 10_000, 16  # of tokenizing: a process takes a second to start
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -204,8 +206,15 @@ def tokenize(args, rows, form, tokenizer, started, **more):
         remove_columns=rows.column_names,
         features=tokenizing.TOKENIZED,
         new_fingerprint="tokens",  # every run tokenizes anew: the library need not hash what it is given
+        num_proc=tokenizing_processes(len(rows)),
         **more,
     )
+
+
+def tokenizing_processes(num_rows):
+    """Return how many processes tokenize, None: this one. The order of the rows, and so the digest, is the same."""
+    processes = min(num_rows // ROWS_PER_PROCESS, os.cpu_count(), MAX_PROCESSES)
+    return processes if processes > 1 else None
 
 
 def tokenize_one(row, renamed, form, tokenizer, max_length, learn, date):

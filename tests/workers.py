@@ -96,8 +96,9 @@ def traced_rank(rank, args, run):
 
     def local_steps(*args):
         in_local_steps.append(True)
-        original_steps(*args)
+        loss = original_steps(*args)
         in_local_steps.clear()
+        return loss
 
     def training_step(self, model, inputs, *rest):
         pad = self.processing_class.pad_token_id
@@ -142,7 +143,7 @@ def gradients_rank(rank, args, run):
 
     def local_steps(*arguments):
         now.update(by_name(original_steps, arguments))
-        original_steps(*arguments)
+        return original_steps(*arguments)
         now.clear()
 
     def clip_grad_norm_(self, *args):
@@ -307,7 +308,7 @@ def troubled_rank(trouble, victim, rank, args, run):
     def local_steps(*arguments):
         number = by_name(original_steps, arguments)["server"].rounds_done + 1
         now.update(round=number, turn=now["turn"] + 1 if number == now["round"] else 1, batch=0)
-        original_steps(*arguments)
+        return original_steps(*arguments)
 
     def training_step(self, *rest):
         now["batch"] += 1
@@ -393,12 +394,13 @@ def poisoned_rank(poison, clients, rank, args, run, bad_round=2):
     original = federated.local_steps
 
     def local_steps(*arguments):
-        original(*arguments)
+        loss = original(*arguments)
         given = by_name(original, arguments)
         if given["server"].rounds_done + 1 == bad_round and given["turn"].client in clients:
             for parameter in given["trainer"].model.parameters():
                 if parameter.requires_grad:
                     parameter.data.mul_(poison)
+        return loss
 
     federated.local_steps = local_steps
     main.run_rank(rank, args, run)
