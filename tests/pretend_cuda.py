@@ -127,9 +127,8 @@ def tensor_over(address, size, stride, dtype, kind, owner):
 
 
 def to_other_side(tensor, kind):
-    return tensor_over(
-        torch._C._TensorBase.data_ptr(tensor), tensor.size(), tensor.stride(), tensor.dtype, kind, tensor
-    )
+    address, storage = torch._C._TensorBase.data_ptr(tensor), tensor.untyped_storage()
+    return tensor_over(address, tensor.size(), tensor.stride(), tensor.dtype, kind, storage)
 
 
 def host(tensor):
