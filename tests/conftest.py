@@ -20,6 +20,12 @@ SMALL_RUN += "--lora_dropout 0.1 --per_device_train_batch_size 2 --gradient_accu
 FINISHED_RUN = [*SMALL_RUN, "--generate_samples", "3"]
 
 
+def pytest_configure(config):
+    """Hide the GPUs of this machine from all tests but those for GPUs, before torch is asked for them."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def imports_of_the_ranks():
     """Done once for all tests, before one of them starts the server of the processes without: 7 s less a run."""

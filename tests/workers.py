@@ -174,11 +174,13 @@ def run_case(folder, flags, rank, args, run, checkpoint=None):
     import main
     from fllama import data, launch, report
 
+    if run.num_gpus:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # of the case before
+    case = main.parse_args([*flags, "--output_dir", str(folder)])
     launch.isolate_rank(rank, args, run)
     data.ANSWERED_ROWS, data.GLOBAL_EVAL_ROWS = 1, 2  # what takes the time
     report.plot_losses = lambda folder, rounds: None
     gc.freeze()  # the imported modules, which each trainer would collect anew
-    case = main.parse_args([*flags, "--output_dir", str(folder)])
     os.makedirs(folder, exist_ok=True)
     rendezvous = f"{run.rendezvous}_{Path(folder).name}"
     federated.local_train(rank, case, replace(run, checkpoint=checkpoint, rendezvous=rendezvous))
