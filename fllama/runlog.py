@@ -265,7 +265,7 @@ def checksum(vector):
     total = weighted_sum(bits[whole:].long())
     table = bits[:whole].view(-1, CHECKED)
     total += 31 * weighted_sum(table.sum(dim=0)) + 1000003 * weighted_sum(table.sum(dim=1))
-    return total.remainder(2**53).double()  # exact in a float64
+    return (total & (2**53 - 1)).double()  # exact in a float64
 
 
 def weighted_sum(values):

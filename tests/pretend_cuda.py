@@ -248,6 +248,9 @@ def run_on_host(operator, *args, **named):
         return copy_each(*args, **named)
     call = Call(name)
     low = [for_each_tensor(call.lower, value) for value in args]
+    for i, argument in enumerate(operator._schema.arguments[: len(low)]):
+        if isinstance(low[i], (int, float)) and str(argument.type) == "Tensor":  # a number that torch has unwrapped
+            low[i] = torch.tensor(low[i])
     low_named = {key: for_each_tensor(call.lower, value) for key, value in named.items()}
     call.check(args)
     call.count(args, named)

@@ -1,9 +1,10 @@
 """What a round costs beside its local steps. python tests/benchmarks/rounds.py [ANOTHER_CHECKOUT]
 
 Whole runs of main.py in which a local step does nothing but move one number; milliseconds of a round are the sum of its
-`seconds` in rounds.jsonl, medians over the rounds but for the first two. With another checkout, both run in turn, three
-times each. The adapters have 448 tensors, as those of an 8 B LLaMA: of few numbers, which shows what Python and the
-calls of torch take, or of 42 million, as with --lora_r 16, where on a CPU the copying adds up.
+`seconds` in rounds.jsonl, medians over the rounds but for the first two. With another checkout, both run in turn, twice
+each. The adapters have 448 tensors, as those of an 8 B LLaMA: of few numbers, which shows what Python and the calls of
+torch take, or of 42 million, as with --lora_r 16, where on a CPU the copying adds up. Last, a round on a pretended GPU
+(tests/pretend_cuda.py): how often the host waits for it, and how many operators it calls.
 """
 
 import json
@@ -59,7 +60,12 @@ def rank_without_steps(rank, args, run):
 
     data.ANSWERED_ROWS, data.GLOBAL_EVAL_ROWS = 1, 1  # not what is timed
 
+    counts = []  # of the pretended GPU, as each turn begins
+    pretending = sys.modules.get("pretend_cuda")
+
     def local_steps(*given):
+        if pretending:
+            counts.append(dict(pretending.COUNTS))
         turn = next(value for value in given if isinstance(value, clients.Turn))
         parameters = next(value for value in given if isinstance(value, list))
         parameters[0].data.view(-1)[0] += 1e-3 * (1 + turn.client)
@@ -68,26 +74,48 @@ def rank_without_steps(rank, args, run):
 
     federated.local_steps = local_steps
     main.run_rank(rank, args, run)
+    Path(args.output_dir, "counts.json").write_text(json.dumps(counts))
+
+
+def run_tree(tree, flags, num_gpus=0):
+    """Run a checkout; returns (rounds as in rounds.jsonl, counts of the pretended GPU as each turn begins)."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "run", *flags.split(), "--output_dir", folder]
+        environment = os.environ | {"TREE": str(tree)}
+        if num_gpus:
+            environment |= {"PRETEND_GPUS": str(num_gpus), "PYTHONPATH": str(ROOT / "tests/pretend")}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=tree, env=environment)
+        rounds = [json.loads(line) for line in Path(folder, "rounds.jsonl").read_text().splitlines()]
+        return rounds, json.loads(Path(folder, "counts.json").read_text())
 
 
 def milliseconds_of_a_round(tree, flags):
-    """Run a checkout; returns what a round takes (median)."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "run", *flags.split(), "--output_dir", folder]
-        environment = os.environ | {"PYTHONPATH": str(tree)}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=tree, env=environment)
-        lines = Path(folder, "rounds.jsonl").read_text().splitlines()
-    totals = [1000 * sum(json.loads(line)["seconds"].values()) for line in lines[2:-1]]  # the last one evaluates
-    return statistics.median(totals)
+    rounds, _ = run_tree(tree, flags)
+    return statistics.median(1000 * sum(entry["seconds"].values()) for entry in rounds[2:-1])  # the last one evaluates
+
+
+def print_counts(trees):
+    """Print what a round does on a pretended GPU, one line per case and checkout."""
+    for name, (hidden_size, flags) in CASES.items():
+        if hidden_size > 16:  # it does as much
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            inputs = write_inputs(Path(folder), hidden_size)
+            for tree in trees:
+                _, counts = run_tree(tree, f"{COMMON} {flags} {inputs}", num_gpus=1)
+                turns = 2 if "two clients" in name else 1
+                first, last = counts[4 * turns], counts[8 * turns]
+                shown = [f"{(last.get(kind, 0) - first.get(kind, 0)) / 4:.0f}" for kind in ("waits", "operators")]
+                print(f"| {name}, {tree.name} | {' | '.join(shown)} |", flush=True)
 
 
 def compare(trees):
-    """Print a line per case: the median of three runs of each tree, run in turn."""
+    """Print a line per case: the median of two runs of each tree, run in turn."""
     for name, (hidden_size, flags) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             inputs = write_inputs(Path(folder), hidden_size)
             found = {tree: [] for tree in trees}
-            for _ in range(3):
+            for _ in range(2):
                 for tree in trees:
                     found[tree].append(milliseconds_of_a_round(tree, f"{COMMON} {flags} {inputs}"))
         medians = [statistics.median(values) for values in found.values()]
@@ -97,9 +125,11 @@ def compare(trees):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
-        sys.path.insert(0, os.environ["PYTHONPATH"])
+        sys.path.insert(0, os.environ["TREE"])
         import main
 
         main.main(sys.argv[2:], target=rank_without_steps)
     else:
-        compare([*map(Path, sys.argv[1:2]), ROOT])
+        checkouts = [*map(Path, sys.argv[1:2]), ROOT]
+        compare(checkouts)
+        print_counts(checkouts)
