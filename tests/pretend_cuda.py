@@ -32,6 +32,7 @@ import warnings
 import weakref
 
 import torch
+import torch.utils._device
 
 COUNTS, WAITS = collections.Counter(), collections.Counter()
 PINNED = weakref.WeakSet()  # storages that are said to be in pinned memory
@@ -501,6 +502,7 @@ def patch_tensors():
     torch.Tensor.pin_memory = pin
     torch.Tensor.is_pinned = lambda self, device=None: not self.is_cuda and self.untyped_storage() in PINNED
     torch.Tensor.record_stream = lambda self, stream: None
+    torch.utils._device._device_constructors()  # `with torch.device(...)` knows them as they are before
     for owner in (torch, torch.Tensor):
         for name in "empty zeros ones full empty_like zeros_like ones_like full_like tensor empty_strided".split():
             for each in (name, f"new_{name}"):

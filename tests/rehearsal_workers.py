@@ -63,18 +63,11 @@ def scale_on_host():
 def weight_on_host():
     import federated
 
-    def move_norm(model):
-        norm = next(parameter for name, parameter in model.named_parameters() if name.endswith("norm.weight"))
+    def move_norm(trainer):
+        norm = next(parameter for name, parameter in trainer.model.named_parameters() if name.endswith("norm.weight"))
         norm.data = norm.data.cpu()
 
-    original = federated.load_model
-
-    def load_model(*args):
-        model = original(*args)
-        move_norm(model)
-        return model
-
-    federated.load_model = load_model
+    after(federated, "build_trainer", move_norm)
 
 
 def control_on_host():
@@ -145,3 +138,4 @@ FAULTS = {
     "all GPUs visible": all_gpus_visible,
     "bf16 adapters under fp16": bf16_adapters,
 }
+
