@@ -469,10 +469,11 @@ def patch_torch_cuda(num_gpus, bf16):
     for name in ("_lazy_init", "init", "set_device", "empty_cache", "ipc_collect", "reset_peak_memory_stats"):
         setattr(cuda, name, nothing)
     cuda.manual_seed = cuda.manual_seed_all = nothing  # its random numbers are the CPU's
-    cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    cuda.get_rng_state_all = lambda: [torch.get_rng_state()]
-    cuda.set_rng_state_all = lambda states: torch.set_rng_state(states[0])
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+        module.get_rng_state_all = lambda: [torch.get_rng_state()]
+        module.set_rng_state_all = lambda states: torch.set_rng_state(states[0])
     cuda.Stream, cuda.Event = Stream, Event
     cuda.device = cuda.device_of = cuda.stream = contextlib.nullcontext
     cuda.current_stream = cuda.default_stream = Stream
