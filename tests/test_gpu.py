@@ -129,13 +129,19 @@ def check_same_step(step, other):
     assert step[1].norm() > 0 and (step[1] - other[1]).norm() <= 2e-2 * step[1].norm()  # bf16 has 8 bits
 
 
-def test_gradients_with_and_without_checkpointing(tmp_path):
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """Of several GPUs, this process sees the first: Trainer would take all of them for nn.DataParallel."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+def test_gradients_with_and_without_checkpointing(one_gpu, tmp_path):
     without = one_step(tmp_path / "without", "--no-gradient_checkpointing")
     check_same_step(one_step(tmp_path / "with", "--gradient_checkpointing"), without)
 
 
 @needs("triton")
-def test_tritons_loss_is_the_tiled_one(tmp_path, monkeypatch):
+def test_tritons_loss_is_the_tiled_one(one_gpu, tmp_path, monkeypatch):
     import trl.kernels.chunked_logprob
 
     with_triton = one_step(tmp_path / "triton")
