@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(bool(pretend_cuda.why_not()), reason=pretend_cud
 FLAGS = (
     "--local_steps 1 --per_device_train_batch_size 1 --eval_rounds 1 --save_rounds 1 --gradient_checkpointing".split()
 )
-FLAGS += "--num_clients 5 --clients_per_round 3 --num_rounds 3 --seed 46 --timeout 1".split()
+FLAGS += "--num_clients 5 --clients_per_round 3 --num_rounds 3 --seed 46 --timeout 5".split()
 PAGED = "--lora_r 1024"  # bitsandbytes pages tensors of 100,000 elements or more
 
 
