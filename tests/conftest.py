@@ -182,8 +182,8 @@ def read_adapters(folder):
     return torch.cat([tensor.reshape(-1) for file in files for _, tensor in sorted(load_file(file).items())])
 
 
-def make_trainer(folder, *flags, rows=None):
-    """Return (args, trainer) of a run with these flags in this process, of the embedded model on the CPU.
+def make_trainer(folder, *flags, rows=None, device="cpu"):
+    """Return (args, trainer) of a run with these flags in this process, of the embedded model.
 
     `rows` are tokenized ones; without, some that nobody trains on.
     """
@@ -195,7 +195,7 @@ def make_trainer(folder, *flags, rows=None):
     args = main.parse_args(["--output_dir", str(folder), "--num_rounds", "1", "--world_size", "1", *flags])
     rows = rows or datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3}])
     datasets.DatasetDict(train=rows).save_to_disk(folder / "data")
-    run, device = prepare.Run(args.model_name, str(folder / "data"), machine_of_rank=(0,)), torch.device("cpu")
+    run, device = prepare.Run(args.model_name, str(folder / "data"), machine_of_rank=(0,)), torch.device(device)
     torch.manual_seed(0)
     loaded = model.load_model(args, run.model_path, device)
     return args, model.build_trainer(args, run, device, loaded, model.load_tokenizer(run.model_path))

@@ -3,20 +3,21 @@
     PRETEND_GPUS=2 PYTHONPATH=tests/pretend python main.py --world_size 2    # in every process that this starts, too
     pretend_cuda.install(2)                                                  # in this process alone
 
-Pretended tensors have the real dispatch key, `.device` and `.is_cuda`. Refused is what a CUDA build refuses: an operator
-with tensors on both devices (but for numbers, indices and bitsandbytes' paged state), NumPy of a tensor on the GPU,
-fp16's gradient scaler on bf16 gradients; and by pretend_nccl.py what NCCL refuses. Every operator is the one of the CPU,
-so a run has the same bits when it is repeated.
+Pretended tensors have the real dispatch key, `.device` and `.is_cuda`. Refused is what a CUDA build refuses: an
+operator with tensors on both devices (but for numbers, indices and bitsandbytes' paged state), NumPy of a tensor on the
+GPU, fp16's gradient scaler on bf16 gradients; and by pretend_nccl.py what NCCL refuses. Every operator is that of the
+CPU, so a run that is repeated has the same bits.
 
-It cannot show kernels (CUDA's, Triton's, bitsandbytes'), NCCL's transport, asynchrony, memory or speed. What it counts is
-where the host would wait for the device:
+It cannot show kernels (CUDA's, Triton's, bitsandbytes'), NCCL's transport, asynchrony, memory or speed. What it counts
+is where the host would wait for the device:
 
-    COUNTS     operators, waits, synchronize (those that were asked for, in waits, too), paged (tensors), copies and bytes
-               "to host" and "to device"
+    COUNTS     operators; waits; synchronize (in waits, too); paged (tensors); "copies to host", "copies to device",
+               "bytes to host", "bytes to device"
     WAITS      {(operator, "file.py:line"): waits}, the line being the innermost one outside of the libraries
 
 Waits are: copies between the devices, unless non_blocking and from or to pinned memory; a value that Python asks for
-(`item`, `tolist`, `equal`, a mask as an index); `synchronize`. x86-64 Linux with glibc, and torch 2.13.0 (see SLOTS).
+(`item`, `tolist`, `equal`, a mask as an index); `synchronize`. Random numbers are the CPU's. `_foreach` operators count
+as one. x86-64 Linux with glibc, and torch 2.13.0 without CUDA: see `why_not`.
 """
 
 import collections
@@ -32,6 +33,7 @@ import warnings
 import weakref
 
 import torch
+import torch.utils._device
 
 COUNTS, WAITS = collections.Counter(), collections.Counter()
 PINNED = weakref.WeakSet()  # storages that are said to be in pinned memory
@@ -149,7 +151,7 @@ TAKE_BOTH = """copy_ _to_copy index.Tensor index_put index_put_ _index_put_impl_
 set_.source_Tensor""".split()
 ASK_FOR_A_VALUE = "_local_scalar_dense nonzero is_nonzero equal masked_select unique_dim _unique2 unique_consecutive"
 ASK_FOR_A_VALUE = ASK_FOR_A_VALUE.split()
-# that torch would run without asking the fallback: by a kernel for all devices, which ends in what a CPU-only build lacks
+# that torch has a kernel for all devices for, which ends in what a CPU-only build lacks
 OF_ALL_DEVICES = "copy_ index.Tensor _to_copy".split()
 OF_BITSANDBYTES = """quantize_4bit dequantize_4bit quantize_blockwise dequantize_blockwise gemv_4bit gemm_4bit
 optimizer_update_32bit optimizer_update_8bit_blockwise""".split()
@@ -340,9 +342,9 @@ TABLE_LENGTH = 80  # at least as long as that table
 def claim_accelerator():
     """Have torch take CUDA for this build's accelerator, without which autograd refuses its tensors.
 
-    The guard, which switches between GPUs, becomes the one that torch has for a CUDA build without a GPU, and puts in place
-    of one that counts no devices; it does nothing. Of the CUDA hooks, isBuilt answers what current_device does, -1 without
-    CUDA, which is true; hasPrimaryContext what hasCUDA does, which is false.
+    The guard, which switches between GPUs, becomes the one that does nothing, which torch puts in place of one that
+    counts no devices. Of the CUDA hooks, isBuilt answers what current_device does, -1 without CUDA, which is true;
+    hasPrimaryContext what hasCUDA does, which is false.
     """
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
     c10 = ctypes.CDLL(os.path.join(folder, "libc10.so"))
@@ -470,10 +472,11 @@ def patch_torch_cuda(num_gpus, bf16):
     for name in ("_lazy_init", "init", "set_device", "empty_cache", "ipc_collect", "reset_peak_memory_stats"):
         setattr(cuda, name, nothing)
     cuda.manual_seed = cuda.manual_seed_all = nothing  # its random numbers are the CPU's
-    cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    cuda.get_rng_state_all = lambda: [torch.get_rng_state()]
-    cuda.set_rng_state_all = lambda states: torch.set_rng_state(states[0])
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+        module.get_rng_state_all = lambda: [torch.get_rng_state()]
+        module.set_rng_state_all = lambda states: torch.set_rng_state(states[0])
     cuda.Stream, cuda.Event = Stream, Event
     cuda.device = cuda.device_of = cuda.stream = contextlib.nullcontext
     cuda.current_stream = cuda.default_stream = Stream
@@ -504,6 +507,7 @@ def patch_tensors():
     torch.Tensor.pin_memory = pin
     torch.Tensor.is_pinned = lambda self, device=None: not self.is_cuda and self.untyped_storage() in PINNED
     torch.Tensor.record_stream = lambda self, stream: None
+    torch.utils._device._device_constructors()  # `with torch.device(...)` knows them as they are before
     for owner in (torch, torch.Tensor):
         for name in "empty zeros ones full empty_like zeros_like ones_like full_like tensor empty_strided".split():
             for each in (name, f"new_{name}"):

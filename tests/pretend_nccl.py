@@ -1,8 +1,8 @@
 """NCCL that is not there: gloo over the memory of pretended GPUs, with NCCL's rules. For tests, see pretend_cuda.py.
 
-Refused is what NCCL refuses: tensors on the CPU, tensors that are not contiguous, dtypes that it has no word for, two ranks
-of a group on one GPU; by gloo, tensors on the GPU; and, which is a rule of this project alone, messages with tensors on
-the GPU: they would stay there on the rank that receives them.
+Refused is what NCCL refuses: tensors on the CPU, tensors that are not contiguous, dtypes that it has no word for, two
+ranks of a group on one GPU; by gloo, tensors on the GPU; and, which is a rule of this project alone, messages with
+tensors on the GPU: they would stay there on the rank that receives them.
 """
 
 import functools

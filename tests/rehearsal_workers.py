@@ -1,8 +1,10 @@
 """What the ranks of tests/test_rehearsal.py do: as on GPUs, which they pretend to have."""
 
 import hashlib
+import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pretend_cuda
 import pretend_nccl
@@ -15,6 +17,28 @@ def pretending_rank(num_gpus, target, rank, args, run):
     pretend_nccl.install()
     del os.environ["CUDA_VISIBLE_DEVICES"]  # which hides them from the tests
     target(rank, args, replace(run, num_gpus=num_gpus))
+    Path(args.output_dir, f"counts_{rank}.json").write_text(json.dumps(pretend_cuda.COUNTS))
+
+
+def count_waits():
+    """Hand-counted: what makes the host wait for the device, and what does not. To be run in a process of its own."""
+    pretend_cuda.install()
+    counts, pinned = pretend_cuda.COUNTS, torch.empty(4, pin_memory=True)
+    vector = torch.ones(4, device="cuda")
+    pinned.copy_(vector, non_blocking=True)
+    assert pinned.tolist() == [1] * 4 and counts["copies to host"] == 1 and counts["bytes to host"] == 16
+    vector.copy_(pinned.mul_(2), non_blocking=True)
+    tensors = list(vector.split(2))
+    torch._foreach_mul_(tensors, 2)  # in one operator, through views
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.Event().record()
+    assert counts["waits"] == 0
+    assert vector.sum().item() == 16
+    assert counts["waits"] == 1
+    vector.cpu(), vector.tolist(), vector.copy_(torch.ones(4)), vector[vector > 0], torch.cuda.synchronize()
+    assert counts["waits"] == 6 and counts["synchronize"] == 1
+    assert all(place.startswith("rehearsal_workers.py:") for _, place in pretend_cuda.WAITS)
+    assert torch.ones(4).pin_memory().is_pinned() and not torch.ones(4).is_pinned()
 
 
 def faulty_rank(fault, flags, rank, args, run):
@@ -63,18 +87,18 @@ def scale_on_host():
 def weight_on_host():
     import federated
 
-    def move_norm(model):
-        norm = next(parameter for name, parameter in model.named_parameters() if name.endswith("norm.weight"))
+    def move_norm(trainer):
+        norm = next(parameter for name, parameter in trainer.model.named_parameters() if name.endswith("norm.weight"))
         norm.data = norm.data.cpu()
 
-    original = federated.load_model
+    original = federated.build_optimizer  # which brings the whole model to the GPU
 
-    def load_model(*args):
-        model = original(*args)
-        move_norm(model)
-        return model
+    def build_optimizer(args, trainer):
+        learning_rate = original(args, trainer)
+        move_norm(trainer)
+        return learning_rate
 
-    federated.load_model = load_model
+    federated.build_optimizer = build_optimizer
 
 
 def control_on_host():

@@ -9,6 +9,7 @@ of this GPU) and peak memory; `packing` the same for shorter rows;
 """
 
 import functools
+import gc
 import importlib.util
 import json
 import statistics
@@ -105,14 +106,21 @@ def measure_products():
     return 2 * 1024 * 8192 * 8192 / statistics.median(seconds[1:])
 
 
+def forget_last_run():
+    """Free the model of the run before, which is in cycles, and begin to measure the peak of memory anew."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory():
     import torch
 
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
+        return torch.cuda.max_memory_allocated() / 1e9
     return training.memory("VmHWM")
 
 
@@ -123,6 +131,7 @@ def speed_rank(own_flags, kinds, turns, rank, args, run):
     per_step = args.per_device_train_batch_size
     for turn in range(turns):
         for kind in kinds:
+            forget_last_run()
             folder, lengths = f"{args.output_dir}/{turn}_{kind.replace(' ', '_')}", lengths_of(rows)
             if kind == "naive loop":  # its defaults: fp16, and evaluating and saving at every step
                 settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

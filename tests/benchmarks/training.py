@@ -50,6 +50,8 @@ def plain_trainer(args, run, rows, folder, eval_dataset=None, **settings):
 
     trl.trainer.utils._use_triton = _use_triton  # as it was before fllama/model.py was imported
     dtype, device = (torch.bfloat16, "cuda:0") if run.num_gpus else (torch.float32, "cpu")
+    if settings.get("fp16"):
+        dtype = torch.float16
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -81,8 +83,9 @@ def plain_trainer(args, run, rows, folder, eval_dataset=None, **settings):
             r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=basemodel.LORA_TARGETS, task_type="CAUSAL_LM"
         ),
     )
-    for parameter in lora_parameters(trainer.model) if not run.num_gpus else []:
-        parameter.data = parameter.data.float()  # bf16 is slow on the CPU
+    if not run.num_gpus or trainer.args.fp16:
+        for parameter in lora_parameters(trainer.model):
+            parameter.data = parameter.data.float()  # bf16 is slow on the CPU, and fp16's gradient scaler knows no bf16
     return trainer
 
 
@@ -109,7 +112,8 @@ def naive_loop(rank, args, run, rows, folder, rounds, **settings):
     from fllama.model import lora_parameters
 
     store = dist.FileStore(f"{folder}_store", args.world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=args.world_size)
+    backend = "nccl" if run.num_gpus >= args.world_size else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=args.world_size)
     trainer, seconds = plain_trainer(args, run, rows, folder, max_steps=1, **settings), []
     for _ in range(rounds):
         start = time.perf_counter()
