@@ -200,7 +200,7 @@ def state_by_kind(optimizer):
 
 
 def copy_to_host(vector):
-    """Return a copy in host memory; one from a GPU is on its way until torch.cuda.synchronize()."""
+    """Return a vector in host memory; a copy from a GPU is on its way until torch.cuda.synchronize()."""
     if vector.device.type == "cpu":
         return vector
     copy = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)  # page-locked, without which it would wait

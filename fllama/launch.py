@@ -31,9 +31,13 @@ ACCELERATE_MIXED_PRECISION ACCELERATE_DYNAMO_BACKEND ACCELERATE_TORCH_DEVICE""".
 # for glibc: without it, a step on the CPU spends a tenth of its time on getting back pages that the last one has freed
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 MAKE_ROOM = "; make room on the disk of --output_dir"
+LOST_RANK = "; another rank is gone, or took longer than --timeout"
 ADVICE = {  # by a part of the message of an error in a rank
     "OutOfMemoryError": "; lower --per_device_train_batch_size, then --max_length, or --optim paged_adamw_32bit",
-    "imed out waiting": "; another rank is gone, or took longer than --timeout",
+    "imed out waiting": LOST_RANK,  # these four are gloo's
+    "pair closure": LOST_RANK,
+    "onnection closed by peer": LOST_RANK,
+    "onnection reset by peer": LOST_RANK,
     "PytorchStreamWriter failed": MAKE_ROOM,
     "unexpected pos": MAKE_ROOM,  # of the same writer
     "o space left": MAKE_ROOM,

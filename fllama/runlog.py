@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import utils
 from fllama import report
+from fllama.clients import copy_to_host
 from fllama.options import keeps_own_models
 
 CHECKED = 4096  # columns of the table that `checksum` sums
@@ -236,16 +237,11 @@ def curves_of(entry):
 
 
 def start_copy(vector):
-    """Start to copy a vector to the host; returns (copy, the CUDA event of its end, None if there is nothing to copy).
-
-    Into page-locked memory, so that nobody waits for it: the GPU begins the next round.
-    """
-    if vector.device.type == "cpu":
-        return vector, None
-    copy = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-    copy.copy_(vector, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+    """Start to copy a vector to the host, beside the next round; returns (copy, the CUDA event of its end or None)."""
+    copy, copied = copy_to_host(vector), None
+    if vector.is_cuda:
+        copied = torch.cuda.Event()
+        copied.record()
     return copy, copied
 
 

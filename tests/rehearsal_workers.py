@@ -67,6 +67,28 @@ def after(owner, name, change):
     setattr(owner, name, changed)
 
 
+def waits_rank(rank, args, run):
+    """A run that ends with an error if the host waits more than three times from local steps to the next ones.
+
+    Before the averaging, after it, and in the thread that writes the digest.
+    """
+    import federated
+    import main
+
+    original, counts = federated.local_steps, []
+
+    def local_steps(*given):
+        counts.append(pretend_cuda.COUNTS["waits"])
+        loss = original(*given)
+        counts.append(pretend_cuda.COUNTS["waits"])
+        return loss
+
+    federated.local_steps = local_steps
+    main.run_rank(rank, args, run)
+    between = counts[4] - counts[3]  # of round 2; the first has checks of its own
+    assert between <= 3, f"{between} waits"
+
+
 # -----------------------------------------------------------------------------
 # faults
 

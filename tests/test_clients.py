@@ -287,3 +287,18 @@ def test_a_report_of_a_turn_has_nothing_bulky():
     report = turn.report()
     assert not any(torch.is_tensor(value) for value in vars(report).values()) and report.residuals is None
     assert (report.client, report.weight, report.train_loss) == (3, 2.0, 0.5) and turn.update is not None
+
+
+def test_the_host_waits_before_it_reads_what_a_gpu_may_be_writing(monkeypatch):
+    """Paged state is host memory that kernels write to; and copies to the host have to end before they are used."""
+    clients, _ = new_clients("adamw_torch")
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts: done.append("read") or cat(parts))
+    saved = save_optimizer_state(clients.optimizer)
+    assert done[0] == "wait" and done[-1] == "wait" and "read" in done
+    done.clear()
+    load_optimizer_state(clients.optimizer, saved)
+    assert done == ["wait"]

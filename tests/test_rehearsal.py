@@ -12,7 +12,7 @@ import pretend_cuda
 import pytest
 from conftest import ROOT, run_main
 from machines import machines, why_not
-from rehearsal_workers import FAULTS, count_waits, faulty_rank, pretending_rank
+from rehearsal_workers import FAULTS, count_waits, faulty_rank, pretending_rank, waits_rank
 from runs import assert_same_rounds
 from test_machines import end
 from workers import resume_rank
@@ -98,6 +98,13 @@ def test_resume(rehearse, small_inputs, tmp_path, num_gpus, more):
     for rank in range(num_gpus):
         counts = json.loads((tmp_path / f"counts_{rank}.json").read_text())
         assert counts["operators"] > 0 and ("paged" in counts) == ("paged" in more)
+
+
+@pytest.mark.slow
+def test_waits_of_a_round(small_inputs, tmp_path):
+    flags = "--world_size 1 --num_clients 1 --num_rounds 3 --local_steps 1 --eval_rounds 3 --save_rounds 3".split()
+    flags = [*small_inputs, *flags, "--optim", "adamw_torch_fused", "--output_dir", str(tmp_path)]
+    main.main([str(flag) for flag in flags], target=functools.partial(pretending_rank, 1, waits_rank))
 
 
 @pytest.mark.slow
