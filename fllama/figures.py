@@ -25,6 +25,7 @@ COSTS = {"tokens": ("tokens", "{:,.0f}"), "MB sent": ("bytes", "{:,.1f}"), "seco
 NAMES = {"exact_match": "exact match", "token_accuracy": "token accuracy", "eval_loss": "held-out loss"}
 UNITS = {"bytes": 1e-6}  # of the table, where they are not those of the row
 EDGE = " (edge)"
+SMALL = 9  # points of a font
 NAMED_CLIENTS = 3  # clients that are harmed, by name
 FACTORS = {"method": "the method", "split": "the split", "interaction": "the two together", "seed": "the training seed"}
 
@@ -184,8 +185,8 @@ def notes_on_differences(comparison):
     unit = "splits" if comparison["repeats"] > 1 else "training seeds of one split"
     return (
         f"Paired over the {unit}. Each interval is of its pair alone; the p-values are corrected for all pairs of the\n"
-        "table (Holm), and a pair is unresolved from 0.05 on. Needed: that many repeats in all would find such a\n"
-        "difference between two arms with power 0.8 (paired t-test at 5%)."
+        "table (Holm), and a pair is unresolved above 0.05. Needed: that many repeats in all would find such a\n"
+        "difference, tested by itself, with power 0.8 (paired t-test at 5%)."
     )
 
 
@@ -214,7 +215,7 @@ def draw_comparison(comparison):
     score = comparison["score"]
     rows = [row for row in comparison["rows"] if row[score] is not None][::-1]  # from the bottom to the top
     most_clients = max((len(sorted_gains(row)) for row in rows), default=0)
-    height = max(0.55, 0.07 * most_clients)  # inches of an arm
+    height = min(max(0.55, 0.07 * most_clients), 1.6)  # inches of an arm
     panels = 2 if most_clients else 1
     axes = report.new_axes((7.5, 1.1 + height * len(rows)), panels)
     plot_scores(axes[0], rows, score)
@@ -239,10 +240,10 @@ def plot_scores(axes, rows, score):
             axes.plot(ends, [place] * 2, color=report.BLUE, linewidth=2.5, solid_capstyle="round")
         axes.plot(row[score], place, "o", color=report.BLUE, markersize=7)
         label = f"{row[score]:.1f}%"
-        above = {"textcoords": "offset points", "color": report.BLUE, "ha": "center", "fontsize": 9}
+        above = {"textcoords": "offset points", "color": report.BLUE, "ha": "center", "fontsize": SMALL}
         axes.annotate(label, (row[score], place), (0, 6), **above)
     axes.margins(x=0.12)
-    axes.set_xlabel(f"{NAMES[score]} on all questions, percent\n● mean and 95% interval   · each run")
+    axes.set_xlabel(f"{NAMES[score]}, all questions, percent\n● mean, 95% interval  · each run", fontsize=SMALL)
 
 
 def plot_gains(axes, rows):
@@ -258,9 +259,8 @@ def plot_gains(axes, rows):
     axes.axvline(0, color=report.GREY, linewidth=1)
     axes.margins(x=0.05)
     axes.set_yticklabels([])
-    axes.set_xlabel("gain over local training, points\neach client, on its own rows, and 95% interval")
-    harmed = sum(gain["harmed"] is True for row in rows for _, gain in sorted_gains(row))
-    axes.set_title(f"harmed: {harmed}" if harmed else "nobody is harmed", color=report.ORANGE, fontsize=9, loc="left")
+    axes.set_xlabel("gain over local, points: each client\non its own rows, 95% interval", fontsize=SMALL)
+    axes.set_title("orange: harmed, the interval is below 0", color=report.ORANGE, fontsize=SMALL, loc="left")
 
 
 def plot_comparison(comparison, path):

@@ -25,7 +25,7 @@ def test_needed_rows():
 
 
 def test_table_of_clients_rows_and_labels():
-    args = argparse.Namespace(partition="column", partition_column="site", dirichlet_alpha=0.5, seed=1)
+    args = argparse.Namespace(partition="column", partition_column="site", dirichlet_alpha=0.5, seed=1, split_seed=None)
     record = prepare.describe_partition(
         args, [np.array([0, 2]), np.array([1])], [3], [10, 11, 12, 13], ["x", "y", "x", "y"], ["x", "y"]
     )
