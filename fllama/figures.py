@@ -5,7 +5,7 @@ import textwrap
 import numpy as np
 
 from fllama import report
-from fllama.results import mean
+from fllama.spread import mean
 
 COLUMNS = {  # of the table: heading -> (what of a row, how)
     "held-out loss": ("eval_loss", "{:.3f}"),

@@ -1,4 +1,4 @@
-"""What the runs of a comparison have come to: rows, the choice of a sweep, what federation is worth to each client."""
+"""What the runs of a comparison have come to: a row of each arm, the choice of a sweep, differences and spread."""
 
 import collections
 import itertools
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fllama import spread
+from fllama import gains, spread
+from fllama.gains import read_scores
+from fllama.spread import least, mean
 
 FIGURES = """eval_loss exact_match f1 token_accuracy rouge_l perplexity worst_client own_exact_match own_worst_client
 tokens bytes seconds""".split()  # of a row: means over its runs
-GAINS = {"gain_over_local": "local", "gain_over_pooled": "centralized"}  # of a client, over its score with that arm
 
 # -----------------------------------------------------------------------------
 # a run
@@ -51,20 +52,6 @@ def comparison_row(name, folder):
     }
 
 
-def read_scores(folder):
-    """Return the scores of each held-out row of a run, see evaluate.scores_of_rows."""
-    return json.loads(Path(folder, "scores.json").read_text(encoding="utf-8"))
-
-
-def mean(values):
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
-
-
-def least(values):
-    return min((value for value in values if value is not None), default=None)
-
-
 # -----------------------------------------------------------------------------
 # the sweep: chosen on one half of the global held-out rows, scored on the other
 
@@ -73,7 +60,8 @@ def choosing_half(number, seed):
     """Whether the global held-out row `number` is of the half on which values are chosen; the others are scored.
 
     It depends on the row and on the first seed of the comparison alone. So a row is in the same half for all arms,
-    values and repeats: a choice that is made over all repeats has seen no row that is scored in any of them.
+    values and repeats: a choice that is made over all repeats has seen no row that is scored in any of them. (Rows
+    that are in the data twice may be in both halves.)
     """
     return bool(np.random.default_rng([seed, number]).integers(2))
 
@@ -113,19 +101,21 @@ def choose(candidates, key):
     """Return the number of the best candidate: the highest score `key` in the mean, then the lowest held-out loss.
 
     A candidate is the list of the scores of its runs, on the rows for choosing; None of a run that failed. One with
-    fewer runs than others does not count, as it may be without those that are hard. None if no run has ended well.
+    fewer runs comes behind, as it may be without the hard ones. None if no run has ended well.
     """
     best, best_rank = None, None
     for number, runs in enumerate(candidates):
-        ended = [run for run in runs if run]
-        if not ended:
-            continue
-        score, loss = (mean([run[name] for run in ended]) for name in (key, "eval_loss"))
-        score, loss = -math.inf if score is None else score, math.inf if loss is None else loss
-        rank = len(ended), score, -loss
-        if best is None or rank > best_rank:
+        score, loss = mean_of(runs, key), mean_of(runs, "eval_loss")
+        ended = len(runs) - runs.count(None)
+        rank = ended, -math.inf if score is None else score, -math.inf if loss is None else -loss
+        if ended and (best is None or rank > best_rank):
             best, best_rank = number, rank
     return best
+
+
+def mean_of(runs, key):
+    """Return the mean of a score over the runs that have ended well."""
+    return mean([run.get(key) for run in runs if run])
 
 
 def choose_value(candidates, grid, key, seed):
@@ -137,8 +127,8 @@ def choose_value(candidates, grid, key, seed):
     for name, runs in candidates.items():
         of_runs = [run and scores_on(read_scores(run.folder), lambda row: choosing_half(row, seed)) for run in runs]
         scores.append(of_runs)
-        figures = {of: mean([each[of] for each in of_runs if each]) for of in (key, "eval_loss")}
-        tried.append({flag: float(value) for flag, value in grid[name].items()} | figures)
+        values = {flag: float(value) for flag, value in grid[name].items()}
+        tried.append(values | {key: mean_of(of_runs, key), "eval_loss": mean_of(of_runs, "eval_loss")})
     best = choose(scores, key) or 0
     runs, values = list(candidates.values())[best], list(grid.values())
     if not values[best]:  # there was nothing to choose
@@ -158,53 +148,6 @@ def describe_choice(values, grid):
 
 
 # -----------------------------------------------------------------------------
-# what federation is worth to each client
-
-
-def own_scores(runs, score):
-    """Return {client: {row number: scores in percent}}: what the runs of an arm have got on the clients' own rows.
-
-    A client is (split, number, name). One that the data set names is the same on every split, which is None then.
-    """
-    found = collections.defaultdict(lambda: collections.defaultdict(list))
-    for run in runs:
-        partition = json.loads(Path(run.folder, "partition.json").read_text(encoding="utf-8"))
-        for table in read_scores(run.folder):
-            if table["of"] != "own":
-                continue
-            name = partition["clients"][table["client"]].get("name")
-            client = (partition["seed"] if name is None else None, table["client"], name)
-            for number, value in zip(table["row"], score_of_rows(table, score)):
-                if value is not None:
-                    found[client][number].append(100 * value)
-    return found
-
-
-def score_of_rows(table, score):
-    if score in table:
-        return table[score]
-    return [correct / tokens if tokens else None for correct, tokens in zip(table["correct"], table["tokens"])]
-
-
-def clients_of_arm(own, own_of_baselines):
-    """Return `clients` of a row: of each client its mean score on its own held-out rows, and what it has gained.
-
-    A gain is over the same rows of a baseline, each row's mean over the runs that held it out.
-    """
-    clients = []
-    for key, rows in sorted(own.items(), key=lambda item: (item[0][0] or 0, item[0][1])):
-        split, client, name = key
-        each = {"client": client, "name": name, "split": split, "rows": len(rows)}
-        each["score"] = mean([mean(values) for values in rows.values()])
-        for gain, baseline in own_of_baselines.items():
-            others = baseline.get(key, {})
-            differences = [mean(rows[number]) - mean(others[number]) for number in rows if number in others]
-            each[gain] = spread.gain_over_rows(differences) if differences else None
-        clients.append(each)
-    return clients
-
-
-# -----------------------------------------------------------------------------
 # the comparison
 
 
@@ -218,23 +161,23 @@ def compare_runs(args, arms, runs, ended):
         runs_of[run.arm].append(run)
         ended_of[run.arm].append(well)
     score = name_of_score([comparison_row(run.arm, run.folder) for run, well in zip(runs, ended) if well])
-    chosen, own, repeats = {}, {}, []
+    chosen, own, columns = {}, {}, []
     for arm in arms:
-        candidates = collections.defaultdict(list)  # the runs of each value, or None
-        grid = {}
+        candidates, grid = collections.defaultdict(list), {}  # of each value its runs, None for one that failed
         for run, well in zip(runs_of[arm], ended_of[arm]):
             key = json.dumps(run.values)
             grid[key] = run.values
             candidates[key].append(run if well else None)
         best, chosen[arm] = choose_value(candidates, grid, score, args.seed)
-        rows = [row_of_run(run, bool(args.sweep), args.seed) for run in best]
-        repeats.append(rows)
-        own[arm] = own_scores([run for run in best if run], score)
-    comparison = compare_rows(arms, list(zip(*repeats)), args.seeds)
-    baselines = {gain: next((arm for arm in arms if arm.split()[0] == name), None) for gain, name in GAINS.items()}
+        columns.append([row_of_run(run, bool(args.sweep), args.seed) for run in best])
+        own[arm] = gains.own_scores([run for run in best if run], score)
+    comparison = compare_rows(arms, list(zip(*columns)), args.seeds)
     for row in comparison["rows"]:
-        others = {gain: own[arm] if arm and arm != row["name"] else {} for gain, arm in baselines.items()}
-        row |= chosen[row["name"]] | {"clients": clients_of_arm(own[row["name"]], others)}
+        others = {}  # what the row's clients are compared with
+        for gain, name in gains.GAINS.items():
+            baseline = next((arm for arm in arms if arm.split()[0] == name), row["name"])
+            others[gain] = own[baseline] if baseline != row["name"] else {}
+        row |= chosen[row["name"]] | {"clients": gains.clients_of_arm(own[row["name"]], others)}
     return comparison
 
 
@@ -273,7 +216,7 @@ def compare_rows(names, repeats, seeds=1):
         ended = [run for run in runs if run]
         row = {"name": name}
         for key in FIGURES:
-            row[key] = mean([run.get(key) for run in ended])
+            row[key] = mean_of(runs, key)
         row["interval"] = interval_of_arm(runs, score, seeds if splits > 1 else 1)
         rows.append(row | {"failed": len(runs) - len(ended), "runs": ended})
     for key in (score, "eval_loss"):

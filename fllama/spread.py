@@ -12,6 +12,16 @@ LEAST_ROWS = 6  # of fewer, not even an exact test of their signs can reach 5%: 
 RESAMPLES = 9999
 
 
+def mean(values):
+    """Return the mean of those that are not None; None if there is none."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def least(values):
+    return min((value for value in values if value is not None), default=None)
+
+
 def interval_of_mean(values):
     """Return (mean, low, high): the 95% interval of a mean by Student's t; None for fewer than 3 values."""
     if len(values) < LEAST_PAIRS:
@@ -99,11 +109,12 @@ def variance_shares(scores):
 
     each divided by the last sum (eta squared), so that they add up to 1. What cannot be told apart is None: with one
     seed, `seed` (which changes with the split and is in its share) and `interaction` (in the residual); with one split
-    or one method, that and the interaction. None in place of all if there is no spread.
+    or one method, that and the interaction. None in place of all if there is
+    no spread, or nothing but one factor.
     """
     methods, splits, seeds = scores.shape
     total = ((scores - scores.mean()) ** 2).sum()
-    if not total > 0:
+    if not total > 0 or scores.size == max(scores.shape):
         return None
     of_method = scores.mean(axis=(1, 2)) - scores.mean()
     of_split = scores.mean(axis=(0, 2)) - scores.mean()

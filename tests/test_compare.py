@@ -10,7 +10,7 @@ import pytest
 
 import main
 import utils
-from fllama import compare, figures, launch, options, prepare, results
+from fllama import compare, figures, gains, launch, options, prepare, results
 from fllama.figures import comparison_tables
 from fllama.results import compare_rows, comparison_row
 
@@ -279,13 +279,13 @@ def test_gains_by_hand(tmp_path):
     args = SimpleNamespace(sweep=None, seed=42, seeds=1)
     rows = results.compare_runs(args, ["local", "fedavg", "centralized"], runs, [True] * 3)["rows"]
     assert [each["gain_over_local"] for each in rows[0]["clients"]] == [None] * 3
-    gains = [each["gain_over_local"] for each in rows[1]["clients"]]
-    assert [gain["mean"] for gain in gains] == [50, -50, 0] and [gain["harmed"] for gain in gains] == [
+    found = [each["gain_over_local"] for each in rows[1]["clients"]]
+    assert [gain["mean"] for gain in found] == [50, -50, 0] and [gain["harmed"] for gain in found] == [
         False,
         True,
         False,
     ]
-    assert gains[0]["low"] == pytest.approx(50 - 1.96 * 50 / 20**0.5, abs=5) and gains[2]["high"] == 0
+    assert found[0]["low"] == pytest.approx(50 - 1.96 * 50 / 20**0.5, abs=5) and found[2]["high"] == 0
     assert [each["gain_over_pooled"]["mean"] for each in rows[1]["clients"]] == [0, -100, -50]
     assert [(each["client"], each["split"], each["rows"], each["score"]) for each in rows[1]["clients"]] == [
         (0, 42, 20, 100), (1, 42, 20, 0), (2, 42, 20, 50)
@@ -301,7 +301,7 @@ def test_clients_that_the_data_set_names_are_the_same_on_every_split(tmp_path):
         for split in (42, 43):
             tables = [table("own", range(split, split + 10), [1.0] * 10, client) for client in (0, 1)]
             runs.append(planned("local", leave_run(tmp_path / f"{names[0]}_{split}", tables, names, split)))
-        own = results.own_scores(runs, "exact_match")
+        own = gains.own_scores(runs, "exact_match")
         assert len(own) == expected
         rows = own[None, 0, "a"] if names[0] else own[42, 0, None]
         assert len(rows) == (11 if names[0] else 10)
@@ -317,8 +317,8 @@ def test_gains_of_equal_clients_hold_0(tmp_path):
             tables.append(table("own", range(48), rng.integers(2, size=48).astype(float).tolist(), client))
         runs.append(planned(arm, leave_run(tmp_path / arm, tables, [None] * 40)))
     _, fedavg = results.compare_runs(args, ["local", "fedavg"], runs, [True] * 2)["rows"]
-    gains = [each["gain_over_local"] for each in fedavg["clients"]]
-    assert sum(gain["low"] <= 0 <= gain["high"] for gain in gains) >= 36 and sum(gain["harmed"] for gain in gains) <= 2
+    found = [each["gain_over_local"] for each in fedavg["clients"]]
+    assert sum(gain["low"] <= 0 <= gain["high"] for gain in found) >= 36 and sum(gain["harmed"] for gain in found) <= 2
     runs[1] = planned("fedavg", runs[0].folder)
     _, same = results.compare_runs(args, ["local", "fedavg"], runs, [True] * 2)["rows"]
     assert {tuple(each["gain_over_local"].values()) for each in same["clients"]} == {(0, 0, 0, False)}
@@ -422,7 +422,7 @@ def test_scores_of_rows_are_those_of_the_summary(compared):
     _, folder = compared
     for arm in ARMS:
         for run in runs_of(folder, arm):
-            summary, scores = json.loads((run / "summary.json").read_text()), results.read_scores(run)
+            summary, scores = json.loads((run / "summary.json").read_text()), gains.read_scores(run)
             found = results.scores_on(scores, lambda number: True)
             for name in ("exact_match", "f1", "rouge_l", "token_accuracy"):
                 assert found[name] == pytest.approx(summary[name]["after"], abs=0.02), name
@@ -448,7 +448,7 @@ def test_comparison_with_a_sweep(small_inputs, tmp_path):
     (row,) = json.loads((tmp_path / "comparison.json").read_text())["rows"]
     assert row["chosen"] == {"learning_rate": 0.01, "at_edge": True}
     run = tmp_path / "comparison" / "fedavg_--learning_rate_1e-2_seed_42"
-    scored = results.scores_on(results.read_scores(run), lambda number: not results.choosing_half(number, 42))
+    scored = results.scores_on(gains.read_scores(run), lambda number: not results.choosing_half(number, 42))
     assert row["eval_loss"] == scored["eval_loss"] and row["exact_match"] == scored["exact_match"]
     assert scored["eval_loss"] != results.comparison_row("fedavg", run)["eval_loss"]
     text = (tmp_path / "comparison.md").read_text()
