@@ -54,8 +54,9 @@ def test_nothing_of_the_figure_is_cut_off(num_clients):
     for text in shown:
         box = text.get_window_extent()
         assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height, text.get_text()
-    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    for labels in (figure.axes[0].get_yticklabels(), [axes.xaxis.label for axes in figure.axes]):
+        boxes = [label.get_window_extent() for label in labels]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_points_of_the_figure():

@@ -94,6 +94,17 @@ def test_each_client_holds_out_a_tenth_of_its_rows(tmp_path, centralized):
     assert split["global"] == [1000, 1001] and split["scored"] == [0, 1, 2]
 
 
+def test_split_seed_deals_the_rows():
+    """--seed alone does both; with --split_seed, another --seed leaves every row where it is."""
+    labels = list("ab") * 20
+    flags = "--partition dirichlet --partition_column site --num_clients 3 --num_rounds 1".split()
+    dealt = []
+    for more in (["--seed", "7"], ["--seed", "1", "--split_seed", "7"], ["--seed", "1"]):
+        parts, global_part = prepare.deal_rows(args_of(*flags, *more), 40, False, labels, None)
+        dealt.append([part.tolist() for part in (*parts, global_part)])
+    assert dealt[0] == dealt[1] != dealt[2]
+
+
 # -----------------------------------------------------------------------------
 # rows on both sides of a split, columns that nobody named
 

@@ -64,6 +64,7 @@ def test_variance_shares_by_hand():
     expected = {"split": 32 / 66, "seed": 8 / 66, "method": 18 / 66, "interaction": 8 / 66, "residual": 0}
     assert shares == pytest.approx(expected, abs=1e-12)
     assert spread.variance_shares(np.ones((2, 3, 2))) is None
+    assert spread.variance_shares(np.arange(3.0).reshape(1, 3, 1)) is None  # nothing but one factor
 
 
 def test_variance_shares_are_those_of_an_anova():
