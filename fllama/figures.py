@@ -35,7 +35,7 @@ FACTORS = {"method": "the method", "split": "the split", "interaction": "the two
 
 def comparison_tables(comparison):
     """Return the text of comparison.md."""
-    tables = [table_of_arms(comparison), notes_on_arms(comparison), table_of_costs(comparison["rows"])]
+    tables = [table_of_arms(comparison), table_of_costs(comparison["rows"]), notes_on_arms(comparison)]
     if comparison["score"] == "exact_match":
         tables.append(table_of_clients(comparison["rows"]))
     tables += [table_of_gains(comparison["rows"]), describe_spread(comparison)]
@@ -51,18 +51,10 @@ def comparison_tables(comparison):
 
 def table_of_arms(comparison):
     columns = COLUMNS if comparison["score"] == "exact_match" else LONG_ANSWERS
-    flags = swept_flags(comparison["rows"])
-    lines = [["", *flags, *columns]]
+    lines = [["", *columns]]
     for row in comparison["rows"]:
         failed = f" ({row['failed']} of {len(row['runs']) + row['failed']} failed)" if row["failed"] else ""
-        cells = [row["name"] + failed]
-        chosen = row.get("chosen") or {}
-        for flag in flags:
-            tried = [each[flag] for each in row.get("sweep", []) if flag in each]
-            edge = EDGE if chosen.get(flag) in (min(tried, default=None), max(tried, default=None)) else ""
-            cells.append(f"{chosen[flag]:g}{edge}" if flag in chosen else "-")
-        cells += cells_of_row(row, columns, comparison["score"])
-        lines.append(cells)
+        lines.append([row["name"] + failed, *cells_of_row(row, columns, comparison["score"])])
     return align(lines)
 
 
@@ -97,7 +89,17 @@ def notes_on_arms(comparison):
 
 
 def table_of_costs(rows):
-    return align([["", *COSTS], *[[row["name"], *cells_of_row(row, COSTS)] for row in rows]])
+    """Return the table of what each arm has sent and spent, with the values that a sweep has chosen for it."""
+    flags = swept_flags(rows)
+    lines = [["", *flags, *COSTS]]
+    for row in rows:
+        cells, chosen = [row["name"]], row.get("chosen") or {}
+        for flag in flags:
+            tried = [each[flag] for each in row.get("sweep", []) if flag in each]
+            edge = EDGE if chosen.get(flag) in (min(tried, default=None), max(tried, default=None)) else ""
+            cells.append(f"{chosen[flag]:g}{edge}" if flag in chosen else "-")
+        lines.append(cells + cells_of_row(row, COSTS))
+    return align(lines)
 
 
 def table_of_clients(rows):
