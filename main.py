@@ -102,6 +102,11 @@ def parse_args(argv=None):
     add("--partition", choices=PARTITIONS, help="who gets which rows (default: iid, or as the data set names clients)")
     add("--partition_column", help="of dirichlet and column: whose values tell clients apart (default: label)")
     add("--dirichlet_alpha", type=positive(float), default=0.5, help="the smaller, the less alike the clients")
+    add("--split_seed", type=seed, help="of the split alone (default: --seed)")
+    own_rows = (
+        "of each client, held out for the end; 0: a tenth, 16 to 128 (default: of --compare; else a tenth, 1 to 16)"
+    )
+    add("--own_eval_rows", type=not_negative_int, help=own_rows)
 
     add = parser.add_argument_group("local training").add_argument
     add("--per_device_train_batch_size", type=positive(int), default=4, help="rows of a client in one forward pass")
@@ -135,6 +140,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("comparing").add_argument
     add("--compare", metavar="A,B,...", help=f'a run for each of {", ".join(compare.ARMS)}; "fedavg --local_steps 32"')
     add("--repeats", type=positive(int), default=1, help="of --compare, with other seeds and other splits")
+    add("--seeds", type=positive(int), default=1, help="of --compare: training seeds on each split")
+    sweep_help = "learning_rate=1e-3,3e-3: each run of --compare takes its best, found on rows that are not scored"
+    add("--sweep", type=options.sweep, action="append", metavar="FLAG=X,Y,...", help=sweep_help)
     add(
         "--centralized",
         action="store_true",

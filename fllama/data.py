@@ -15,6 +15,7 @@ import utils
 from fllama import checkpoints, options
 
 GLOBAL_EVAL_ROWS = 512  # at most so many of the global held-out rows are evaluated
+OWN_EVAL_ROWS = 16  # at most so many of a client's own held-out rows are evaluated in a round; at the end all are
 ANSWERED_ROWS = 96  # held-out questions that are answered before and after training, for exact match and F1
 
 
@@ -27,6 +28,7 @@ class ClientData:
     scored: list  # the parts whose held-out rows are scored at the end
     num_train: list  # how many rows each client trains on, which is its weight
     global_held_out: datasets.Dataset  # the same on all ranks
+    global_numbers: list  # of its rows: the same row has the same number, however the rows are dealt out
     plan: list  # of the rounds, see utils.plan_rounds
     rank: int
     rows_per_turn: int  # or sequences, with --packing
@@ -49,7 +51,9 @@ class ClientData:
         return [client] if len(self.num_train) > 1 else self.scored
 
     def own_held_out(self, client):
-        return self.rows.select(np.concatenate([self.held_out[part] for part in self.own_parts(client)]))
+        """Return the client's own held-out rows that are evaluated in a round."""
+        parts = [self.held_out[part][:OWN_EVAL_ROWS] for part in self.own_parts(client)]
+        return self.rows.select(np.concatenate(parts))
 
     def global_share(self):
         """Return this rank's share of the global held-out rows."""
@@ -83,10 +87,11 @@ def load_client_data(rank, args, run):
     data = datasets.load_from_disk(run.data_path)
     split = json.loads(Path(run.data_path, "parts.json").read_text(encoding="utf-8"))
     if "held_out" in data:
-        global_held_out = utils.partition_dataset(data["held_out"], 0, 1, args.seed)
+        shuffled = utils.split_evenly(len(data["held_out"]), 1, options.split_seed(args))[0].tolist()
     else:
-        global_held_out = data["train"].select(split["global"])
-    global_held_out = global_held_out.select(range(min(GLOBAL_EVAL_ROWS, len(global_held_out))))
+        shuffled = split["global"]
+    global_numbers = shuffled[:GLOBAL_EVAL_ROWS]
+    global_held_out = data["held_out" if "held_out" in data else "train"].select(global_numbers)
 
     clients, per_round = options.training_clients(args)
     plan = utils.plan_rounds(clients, per_round, args.num_rounds, args.world_size, args.seed, run.machine_of_rank)
@@ -110,6 +115,7 @@ def load_client_data(rank, args, run):
         scored=split["scored"],
         num_train=[len(part) for part in split["train"]],
         global_held_out=global_held_out,
+        global_numbers=global_numbers,
         plan=plan,
         rank=rank,
         rows_per_turn=rows_per_turn,

@@ -39,21 +39,43 @@ def add_losses(losses):
     return Loss(*(sum(values) for values in zip(*losses)))
 
 
-@torch.no_grad()
 def evaluate(trainer, rows):
     """Return the Loss of `rows`."""
+    return evaluate_each(trainer, rows)[0]
+
+
+@torch.no_grad()
+def evaluate_each(trainer, rows):
+    """Return (Loss of `rows`, list of the Loss of each row)."""
     trainer.model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=trainer.args.device)  # whole numbers are exact in it
     longest_first = np.argsort(rows["length"], kind="stable")[::-1]  # next to others as long: less padding
     rows = rows.select(longest_first).select_columns(["input_ids", "labels"])
+    lengths = [len(ids) for ids in rows["input_ids"]]
     batches = DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+    by_row, done = [], 0  # of each batch (rows, 3): nats, tokens, correct
     for batch in batches:
         batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
         with trainer.compute_loss_context_manager():
             outputs = trainer.model(**batch, use_cache=False, fused_lm_head=True)  # TRL's: log-probabilities of labels
         sums += torch.stack([outputs.log_probs.sum(), outputs.label_mask.sum(), outputs.is_top1.sum()]).double()
-    log_probability, tokens, correct = sums.tolist()
-    return Loss(-log_probability, int(tokens), int(correct))
+        in_batch = lengths[done : done + trainer.args.per_device_eval_batch_size]
+        done += len(in_batch)
+        columns = [sums_of_rows(each, in_batch) for each in (-outputs.log_probs, outputs.label_mask, outputs.is_top1)]
+        by_row.append(torch.stack(columns, dim=1))
+    log_probability, tokens, correct = sums.tolist()  # the host waits for the GPU only now
+    losses = [None] * len(lengths)
+    for place, (nats, row_tokens, row_correct) in zip(longest_first, torch.cat(by_row).tolist()):
+        losses[place] = Loss(nats, int(row_tokens), int(row_correct))
+    return Loss(-log_probability, int(tokens), int(correct)), losses
+
+
+def sums_of_rows(values, lengths):
+    """Return the sums (rows,) over the tokens of each row; `values` (rows, tokens), or (1, all tokens) if flattened."""
+    if len(values) == len(lengths):
+        return values.sum(dim=1)
+    missing = sum(lengths) - values.shape[1]  # the last token of all has no next one
+    return torch.stack([part.sum() for part in torch.nn.functional.pad(values[0], (0, missing)).split(lengths)])
 
 
 # -----------------------------------------------------------------------------
@@ -141,13 +163,9 @@ def score(answers):
     """
     if not answers:
         return {"exact_match": None, "f1": None, "rouge_l": None, "squad_exact_match": None, "squad_f1": None, "cut": 0}
-    exact, f1, rouge = [], [], []
+    exact, f1, rouge = zip(*map(grade, answers))
     squad = SQuAD(sync_on_compute=False)  # this rank has all of them
     for number, each in enumerate(answers):
-        pairs = [final_parts(each.text, accepted) for accepted in each.accepted]
-        exact.append(max(float(normalize(text) == normalize(accepted)) for text, accepted in pairs))
-        f1.append(max(word_f1(normalize(text), normalize(accepted)) for text, accepted in pairs))
-        rouge.append(max(rouge_l(each.text, accepted) for accepted in each.accepted))
         target = {"answers": {"text": list(each.accepted), "answer_start": [0] * len(each.accepted)}, "id": str(number)}
         squad.update([{"prediction_text": each.text, "id": str(number)}], [target])
     by_squad = squad.compute()
@@ -159,6 +177,14 @@ def score(answers):
         "squad_f1": round(by_squad["f1"].item(), 2),
         "cut": sum(each.cut for each in answers),
     }
+
+
+def grade(answered):
+    """Return exact match (0 or 1), F1 and ROUGE-L (from 0 to 1) of one answer."""
+    pairs = [final_parts(answered.text, accepted) for accepted in answered.accepted]
+    exact = max(float(normalize(text) == normalize(accepted)) for text, accepted in pairs)
+    f1 = max(word_f1(normalize(text), normalize(accepted)) for text, accepted in pairs)
+    return exact, f1, max(rouge_l(answered.text, accepted) for accepted in answered.accepted)
 
 
 def percent(values):
@@ -270,36 +296,68 @@ def evaluate_round(trainer, rows, turns, clients):
 
 
 def score_clients(args, comm, trainer, rows, own_clients, clients):
-    """Return (answers, Loss or None, scores of clients) after the last round; all ranks participate.
+    """Return (answers, Loss or None, scores of clients, scores of rows) after the last round; all ranks participate.
 
     The answers are those to the global questions, the Loss that on the global rows. `own_clients` are those of this
     rank. Each is scored on its own held-out rows: loss (nats per answer token) and the scores of its answers. If
     clients have models of their own, each is scored on the global rows, too, under "global", and the answers are those
     of the first one. With --centralized, the one client is scored on the held-out rows of what would be the clients of
-    the last round.
+    the last round. The scores of rows are what scores.json holds.
     """
     model, tokenizer, batch_size = trainer.model, trainer.processing_class, trainer.args.per_device_eval_batch_size
-    questions, scores = rows.questions(), []
+    questions, scores, of_rows = rows.questions(), [], []
     limit = answer_limit(args, tokenizer, questions)
     answers = global_loss = None
     if not clients.private:
         answers = answer_together(args, comm, trainer, questions)
-        global_loss = add_losses(comm.meet(evaluate(trainer, rows.global_share())))
+        loss, share = evaluate_each(trainer, rows.global_share())
+        shares = comm.meet((loss, share))
+        global_loss = add_losses([loss for loss, _ in shares])
+        losses = [None] * len(rows.global_numbers)
+        for rank, (_, share) in enumerate(shares):
+            losses[rank :: comm.world_size] = share
+        if comm.rank == 0:
+            of_rows.append(
+                {"of": "global"} | scores_of_rows(rows.global_held_out, rows.global_numbers, losses, answers)
+            )
     for client in own_clients:
         on_all = {}
         if clients.private:
             clients.load_own_model(client)
             own_answers = answer(model, tokenizer, questions, batch_size, limit)
             answers = answers or own_answers
-            on_all = {"global": score(own_answers) | describe_loss(evaluate(trainer, rows.global_held_out))}
+            loss, losses = evaluate_each(trainer, rows.global_held_out)
+            on_all = {"global": score(own_answers) | describe_loss(loss)}
+            each = scores_of_rows(rows.global_held_out, rows.global_numbers, losses, own_answers)
+            of_rows.append({"of": "global", "client": client} | each)
         for part in rows.own_parts(client):
             held_out = rows.rows.select(rows.held_out[part])
-            loss = evaluate(trainer, held_out)
+            loss, losses = evaluate_each(trainer, held_out)
             asked = client_data.answerable(held_out)
-            own_scores = score(answer(model, tokenizer, asked, batch_size, answer_limit(args, tokenizer, asked)))
+            own_answers = answer(model, tokenizer, asked, batch_size, answer_limit(args, tokenizer, asked))
+            own_scores = score(own_answers)
             scores.append({"client": part, "eval_loss": loss.mean()} | own_scores | describe_loss(loss) | on_all)
+            each = scores_of_rows(held_out, rows.held_out[part], losses, own_answers)
+            of_rows.append({"of": "own", "client": part} | each)
     scores = [each for part in comm.meet(scores) for each in part]
-    return answers, global_loss, sorted(scores, key=lambda each: each["client"])
+    of_rows = [each for part in comm.meet(of_rows) for each in part]
+    return answers, global_loss, sorted(scores, key=lambda each: each["client"]), of_rows
+
+
+def scores_of_rows(rows, numbers, losses, answers):
+    """Return the scores of each of `rows`: lists by name, with null where nothing was asked or answered.
+
+    `numbers` are those of the rows in their split, `losses` their Loss; `answers` those to the first that ask
+    something. Row by row, they let --compare choose on some rows and score on others, and pair runs.
+    """
+    graded = iter([grade(each) for each in answers])
+    table = {"row": list(numbers), "nats": [], "tokens": [], "correct": [], "exact_match": [], "f1": [], "rouge_l": []}
+    for prompt_length, loss in zip(rows["prompt_length"], losses):
+        exact, f1, rouge = (None, None, None) if prompt_length == 0 else next(graded, (None, None, None))
+        values = round(loss.nats, 5), loss.tokens, loss.correct, exact, f1, rouge
+        for name, value in zip(list(table)[1:], values):
+            table[name].append(round(value, 5) if isinstance(value, float) else value)
+    return table
 
 
 def headline(tokenizer, questions):

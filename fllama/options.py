@@ -93,6 +93,17 @@ def seed(text):
     return int(text)
 
 
+def sweep(text):
+    """Return (flag, its values as texts) of learning_rate=1e-3,3e-3."""
+    name, _, listed = text.partition("=")
+    values = [value.strip() for value in listed.split(",")]
+    for value in values:
+        number(value, float)
+    if len({float(value) for value in values}) < len(values):
+        raise argparse.ArgumentTypeError(f"{text!r} lists a value twice")
+    return name.strip().removeprefix("--"), values
+
+
 def columns(text):
     """Return {name: column} of question=Frage,answer=Antwort."""
     found = {}
@@ -145,6 +156,10 @@ def complete(args, num_gpus):
         fail("--compare does not go with --centralized (list it instead) nor with --dry_run (of one run at a time)")
     if args.repeats > 1 and (args.repeats == 2 or not args.compare):
         fail("--repeats is of --compare, and an interval needs 3 at least; raise it, or leave it out")
+    if args.compare is None and (args.seeds > 1 or args.sweep):
+        fail("--seeds and --sweep are of --compare; leave them out, or list what to compare")
+    if args.compare and args.split_seed is not None:
+        fail("--split_seed does not go with --compare, which gives every repeat a split of its own; leave it out")
     if args.push_to_hub and (args.compare or keeps_own_models(args)):
         fail("--push_to_hub uploads a global model, and this leaves none; leave it out")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
@@ -212,7 +227,7 @@ def check_strategy(args):
     name, variant = args.aggregator, args.lora_variant
     if args.centralized and name != "none":
         fail("--centralized trains one client, which has nobody to average with; leave out --aggregator")
-    own = {flag: value.default for flag, value in inspect.signature(utils.AGGREGATORS[name]).parameters.items()}
+    own = settings_of(name)
     for flag in SERVER_FLAGS:
         if getattr(args, flag) is None:
             setattr(args, flag, own.get(flag))
@@ -226,6 +241,17 @@ def check_strategy(args):
         fail("--aggregator none shares nothing; leave out --lora_variant, --scaffold and --prox_mu")
     if args.scaffold and variant == "rolora":
         fail("--scaffold needs the same parameters in every round; leave out --lora_variant rolora")
+
+
+def split_seed(args):
+    """Return the seed of the split: --split_seed, or --seed."""
+    return args.seed if args.split_seed is None else args.split_seed
+
+
+def settings_of(aggregator):
+    """Return {flag: default} of a strategy's own settings."""
+    parameters = list(inspect.signature(utils.AGGREGATORS[aggregator]).parameters.values())
+    return {parameter.name: parameter.default for parameter in parameters[2:]}
 
 
 def strategy_of(args):

@@ -269,11 +269,12 @@ def deal_rows(args, num_rows, has_held_out, labels, names):
 
     `labels` are the values of --partition_column, one per row, or None; `names` those of which each is a client.
     """
-    parts = utils.split_evenly(num_rows, args.num_clients + (not has_held_out), args.seed)
+    seed = options.split_seed(args)
+    parts = utils.split_evenly(num_rows, args.num_clients + (not has_held_out), seed)
     global_part = np.array([], dtype=int) if has_held_out else parts.pop()
     rows = np.concatenate(parts)
     kind = "column" if names else args.partition
-    parts = utils.partition_rows(rows, args.num_clients, kind, labels, args.dirichlet_alpha, args.seed)
+    parts = utils.partition_rows(rows, args.num_clients, kind, labels, args.dirichlet_alpha, seed)
     if names:  # a client may have lost all its rows
         rows_of_name = {labels[part[0]]: part for part in parts}
         parts = [rows_of_name.get(name, []) for name in names]
@@ -297,7 +298,7 @@ def write_parts(args, digests, parts, global_part, path):
     """
     held_out, trained = [], []
     for part in parts:
-        size = max(1, min(CLIENT_EVAL_ROWS, len(part) // 10))
+        size = num_own_eval_rows(args, len(part))
         held_out.append(part[:size].tolist())
         trained.append(part[size:].tolist())
     known = {digests[number] for part in trained for number in part}
@@ -318,6 +319,19 @@ def write_parts(args, digests, parts, global_part, path):
     Path(path).write_text(json.dumps(split), encoding="utf-8")
 
 
+def num_own_eval_rows(args, num_rows):
+    """Return how many of a client's rows it holds out: --own_eval_rows, but half of them at most, and one at least.
+
+    0 is a tenth, at least 16 and at most 128: what --compare takes. A run by itself takes a tenth, at most 16.
+    """
+    size = args.own_eval_rows
+    if size is None:
+        size = min(CLIENT_EVAL_ROWS, num_rows // 10)
+    elif size == 0:
+        size = min(max(num_rows // 10, 16), 128)
+    return max(1, min(size, num_rows // 2))
+
+
 def describe_partition(args, parts, held_out, row_numbers, labels, names):
     """Return what partition.json holds: of every client its rows, by their numbers in the dataset, and its labels.
 
@@ -335,7 +349,7 @@ def describe_partition(args, parts, held_out, row_numbers, labels, names):
         "partition": args.partition,
         "column": args.partition_column,
         "dirichlet_alpha": args.dirichlet_alpha if args.partition == "dirichlet" else None,
-        "seed": args.seed,
+        "seed": options.split_seed(args),
         "clients": clients,
         "held_out": sorted(row_numbers[i] for i in held_out),
     }

@@ -15,11 +15,11 @@ def folder_name(args):
     return CLIENT_MODELS if keeps_own_models(args) else GLOBAL_MODEL
 
 
-def publish(args, run, comm, trainer, rows, server, clients, answers, global_loss, scores):
+def publish(args, run, comm, trainer, rows, server, clients, answers, global_loss, scores, of_rows):
     """Write what a run leaves behind; all ranks participate.
 
     `answers` are those to the held-out questions after training, `global_loss` the Loss on the held-out rows (None if
-    clients have models of their own), `scores` those of the clients of the last round.
+    clients have models of their own), `scores` those of the clients of the last round, `of_rows` those of each row.
     """
     model, tokenizer = trainer.model, trainer.processing_class
     target = Path(args.output_dir, folder_name(args))
@@ -49,6 +49,7 @@ def publish(args, run, comm, trainer, rows, server, clients, answers, global_los
     report.plot_losses(folder, rounds)
     if samples:
         utils.write_aside(folder / "samples.json", json.dumps(samples, indent=2) + "\n")
+    utils.write_aside(folder / "scores.json", json.dumps(of_rows) + "\n")
     utils.write_aside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(card.model_card(args, run, summary), encoding="utf-8")

@@ -151,22 +151,23 @@ def round_line(args, entry):
 # after training
 
 
-def new_axes(size):
-    """Return the axes of a figure that can be read on light and on dark pages: no background, grey text."""
+def new_axes(size, panels=1):
+    """Return the axes of a figure's panels, which can be read on light and on dark pages: no background, grey text."""
     from matplotlib.figure import Figure  # half a second that only one process has to pay
 
-    axes = Figure(figsize=size, layout="constrained", dpi=150).subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=GREY)
-    axes.xaxis.label.set_color(GREY)
-    axes.yaxis.label.set_color(GREY)
-    return axes
+    panels = Figure(figsize=size, layout="constrained", dpi=150).subplots(1, panels, squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(GREY)
+        axes.tick_params(colors=GREY)
+        axes.xaxis.label.set_color(GREY)
+        axes.yaxis.label.set_color(GREY)
+    return panels
 
 
 def plot_losses(output_dir, rounds):
     """Draw loss.png: the loss of every client in training, and the global held-out loss, over the rounds."""
-    axes = new_axes((7, 4))
+    (axes,) = new_axes((7, 4))
     of_client = collections.defaultdict(list)  # client -> (round, loss)
     for entry in rounds:
         for client, loss in zip(entry["clients"], entry["client_train_loss"]):

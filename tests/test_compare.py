@@ -1,15 +1,18 @@
-"""--compare: intervals, rows and tables by hand, and a small comparison with all its runs."""
+"""--compare: rows, sweeps, gains and tables by hand, and a small comparison with all its runs."""
 
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import main
 import utils
-from fllama import compare, launch, options
-from fllama.compare import compare_rows, comparison_row, comparison_tables
+from fllama import compare, figures, gains, launch, options, prepare, results
+from fllama.figures import comparison_tables
+from fllama.results import compare_rows, comparison_row
 
 # -----------------------------------------------------------------------------
 # by hand
@@ -17,8 +20,12 @@ from fllama.compare import compare_rows, comparison_row, comparison_tables
 
 def row(name, exact_match, eval_loss=1.0):
     """A row with the figures of one run, and zeros where they do not matter."""
-    keys = [key for key, _ in compare.COLUMNS.values()]
-    return dict.fromkeys(keys, 0) | {"name": name, "exact_match": exact_match, "eval_loss": eval_loss, "clients": []}
+    return dict.fromkeys(results.FIGURES, 0) | {
+        "name": name,
+        "exact_match": exact_match,
+        "eval_loss": eval_loss,
+        "clients": [],
+    }
 
 
 def test_intervals_by_hand():
@@ -32,15 +39,27 @@ def test_intervals_by_hand():
     assert [each["exact_match"] for each in comparison["rows"]] == [62, 60, 50]
     ab, ac, bc = [each for each in comparison["differences"] if each["of"] == "exact_match"]
     assert (ab["a"], ab["b"], ab["mean"], ab["unresolved"]) == ("a", "b", 2, True)
-    assert ab["low"] == pytest.approx(2 - 4.303 / 3**0.5) and ab["high"] == pytest.approx(2 + 4.303 / 3**0.5)
-    assert ac["mean"] == 12 and ac["low"] == pytest.approx(12 - 4.303 / 3**0.5) and not ac["unresolved"]
+    half = pytest.approx(4.303 / 3**0.5, abs=1e-3)
+    assert ab["mean"] - ab["low"] == half and ab["high"] - ab["mean"] == half
+    assert ac["mean"] == 12 and 12 - ac["low"] == half and not ac["unresolved"]
     assert (bc["low"], bc["high"], bc["unresolved"]) == (10, 10, False)
     losses = [each for each in comparison["differences"] if each["of"] == "eval_loss"]
     assert all(each["mean"] == 0 and each["unresolved"] for each in losses)
     tables = comparison_tables(comparison)
-    assert sum("unresolved" in line for line in tables.splitlines()) == 4
-    line = next(line for line in tables.splitlines() if line.startswith("| a - b") and "exact match" in line)
+    assert sum("| unresolved |" in line for line in tables.splitlines()) == 4
+    line = next(line for line in tables.splitlines() if line.startswith("| a - b"))
     assert "+2.0" in line and "-0.5 to +4.5" in line
+    # p is 0.0742, 0.0023 and 0: the largest of three counts once; 5 pairs would tell a difference of 2 deviations
+    assert [each["adjusted"] for each in (ab, ac, bc)] == pytest.approx([0.0742, 2 * 0.0023, 0], abs=1e-4)
+    assert ab["needed_repeats"] == 5 and [cell.strip() for cell in line.split("|")[4:7]] == ["0.074", "unresolved", "5"]
+    # the variance: splits 51 62 73 in the mean 11 apart, methods 62 60 50
+    squares = {"split": 3 * 2 * 10.333**2, "method": 3 * (4.667**2 + 2.667**2 + 7.333**2)}
+    assert comparison["variance"]["split"] / comparison["variance"]["method"] == pytest.approx(
+        squares["split"] / squares["method"], rel=1e-2
+    )
+    assert comparison["variance"]["seed"] is None and comparison["rows"][0]["interval"]["low"] == pytest.approx(
+        34.7, abs=0.1
+    )
 
 
 def test_long_answers_are_compared_by_token_accuracy():
@@ -50,14 +69,14 @@ def test_long_answers_are_compared_by_token_accuracy():
     for accuracy in (50.0, 60.0, 70.0):
         one, other = (row(name, None) | scores for name in "ab")
         repeats.append([one | {"token_accuracy": accuracy + 1}, other | {"token_accuracy": accuracy}])
-    comparison = compare.compare_rows(["a", "b"], repeats)
+    comparison = compare_rows(["a", "b"], repeats)
     assert comparison["rows"][0]["token_accuracy"] == 61 and comparison["rows"][0]["exact_match"] is None
     assert [each["of"] for each in comparison["differences"]] == ["token_accuracy", "eval_loss"]
     assert comparison["differences"][0]["mean"] == 1
-    tables = compare.comparison_tables(comparison)
+    tables = comparison_tables(comparison)
     assert "token accuracy" in tables and "exact match" not in tables
     line = next(line for line in tables.splitlines() if line.startswith("| a "))
-    assert [cell.strip() for cell in line.split("|")[3:6]] == ["61.0%", "30.0%", "2.50"]
+    assert [cell.strip() for cell in line.split("|")[3:6]] == ["61.0% ±24.8", "30.0%", "2.50"]
 
 
 def test_runs_that_failed_are_left_out_and_counted():
@@ -114,18 +133,239 @@ def test_arms_and_their_flags():
 def test_interval_of_many_pairs():
     """Student's t of 9 degrees of freedom; a run that failed takes its pair along, and of 2 pairs there is none."""
     runs = [{"x": float(i)} for i in range(11)]
-    found = compare.paired_difference([*runs, None], [{"x": 0.0}] * 10 + [None] * 2, "x")
+    found = results.paired_difference([*runs, None], [{"x": 0.0}] * 10 + [None] * 2, "x")
     half = 2.262 * (sum((i - 4.5) ** 2 for i in range(10)) / 9) ** 0.5 / 10**0.5
-    assert (found["mean"], found["high"]) == (4.5, pytest.approx(4.5 + half)) and not found["unresolved"]
-    assert compare.paired_difference(runs[:2], runs[:2], "x") is None
+    assert (found["mean"], found["high"]) == (4.5, pytest.approx(4.5 + half, abs=1e-3)) and found["p"] < 0.05
+    assert results.paired_difference(runs[:2], runs[:2], "x") is None
+
+
+def test_a_pair_is_a_split_and_the_mean_of_its_seeds():
+    """Six runs of three splits are three pairs: 1 and 3, 2 alone, 5 and 7. With one split, the seeds are pairs."""
+    repeats = [[row("a", 50.0 + more), row("b", 50.0)] for more in (1, 3, 2, 9, 5, 7)]
+    repeats[3][1] = None
+    (found, _) = compare_rows(["a", "b"], repeats, seeds=2)["differences"]
+    assert found["mean"] == pytest.approx((2 + 2 + 6) / 3)
+    comparison = compare_rows(["a", "b"], [[row("a", 51.0 + more), row("b", 50.0)] for more in range(4)], seeds=4)
+    assert comparison["differences"][0]["mean"] == 2.5 and comparison["variance"]["split"] is None
+    assert (comparison["repeats"], comparison["seeds"]) == (1, 4)
+    assert "training seeds of one split" in comparison_tables(comparison)
 
 
 def test_table_of_clients_of_many_is_left_out():
     clients = [{"client": client, "exact_match": 50.0} for client in range(25)]
     rows = [row("a", 50) | {"runs": [{"clients": clients}]}]
-    assert compare.table_of_clients(rows) is None
+    assert figures.table_of_clients(rows) is None
     rows[0]["runs"][0]["clients"] = clients[:24]
-    assert "| client 23 " in compare.table_of_clients(rows)
+    assert "| client 23 " in figures.table_of_clients(rows)
+
+
+# -----------------------------------------------------------------------------
+# a sweep, and gains: by hand, on what runs leave behind
+
+
+def table(of, rows, right, client=None):
+    """What scores.json says of rows whose answers are right (1) or wrong (0), with a loss of 1 or 2."""
+    each = {"of": of, "row": list(rows), "nats": [2.0 - value for value in right], "tokens": [1] * len(right)}
+    each |= {"correct": [0] * len(right), "exact_match": list(right), "f1": list(right), "rouge_l": list(right)}
+    return each | ({} if client is None else {"client": client})
+
+
+def leave_run(folder, tables, names=(None, None), split=42):
+    """Leave what compare reads of a run."""
+    folder.mkdir(parents=True)
+    summary = dict.fromkeys(("exact_match", "f1"), {"after": 0.0}) | {"tokens": 1, "bytes": 1}
+    summary |= {"eval_loss": {"last": 1.0}, "seconds": {"local": 1, "average": 1}, "per_client": []}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "scores.json").write_text(json.dumps(tables))
+    clients = [{"client": number} | ({"name": name} if name else {}) for number, name in enumerate(names)]
+    (folder / "partition.json").write_text(json.dumps({"seed": split, "clients": clients}))
+    return folder
+
+
+def planned(arm, folder, **values):
+    return compare.Planned(arm, values, arm, folder, None, [])
+
+
+SWEPT = SimpleNamespace(sweep=[("learning_rate", ["1e-3", "3e-3"])], seed=42, seeds=1)
+
+
+def swept_runs(folder):
+    """Two values on two splits whose held-out rows overlap: 1e-3 knows the rows for choosing alone, 3e-3 the others."""
+    runs = []
+    for repeat, rows in enumerate((range(60), range(30, 100))):
+        choosing = [float(results.choosing_half(number, 42)) for number in rows]
+        others = [1 - each for each in choosing]
+        others[choosing.index(1)] = 1.0  # and one more: of all rows, it knows more
+        if sum(others) <= sum(choosing):
+            others = [1.0 if number % 3 else other for number, other in zip(rows, others)]
+        for value, right in (("1e-3", choosing), ("3e-3", others)):
+            place = leave_run(folder / f"{value}_{repeat}", [table("global", rows, right)])
+            runs.append(planned("fedavg", place, learning_rate=value))
+    return runs
+
+
+def assert_choice_is_blind(runs):
+    """The value that knows the rows for choosing is chosen, and scored on the others, of which it knows none."""
+    (row,) = results.compare_runs(SWEPT, ["fedavg"], runs, [True] * 4)["rows"]
+    assert row["chosen"] == {"learning_rate": 0.001, "at_edge": True} and row["exact_match"] == 0
+    assert row["sweep"][0]["exact_match"] == 100 and row["sweep"][1]["exact_match"] < 100
+    assert row["eval_loss"] == 2 and row["worst_client"] == 0
+
+
+def test_a_sweep_does_not_see_the_rows_that_it_is_scored_on(tmp_path):
+    assert_choice_is_blind(swept_runs(tmp_path))
+
+
+def test_a_sweep_that_sees_the_rows_that_it_is_scored_on_is_caught(tmp_path, monkeypatch):
+    """Planted leaks: the choice is made on all rows; it is made on the scored ones; the halves of repeats overlap."""
+    runs, original = swept_runs(tmp_path), results.scores_on
+    monkeypatch.setattr(results, "scores_on", lambda scores, counts: original(scores, lambda number: True))
+    with pytest.raises(AssertionError):
+        assert_choice_is_blind(runs)
+    monkeypatch.setattr(results, "scores_on", lambda scores, counts: original(scores, lambda row: not counts(row)))
+    with pytest.raises(AssertionError):
+        assert_choice_is_blind(runs)
+    monkeypatch.setattr(results, "scores_on", original)
+    monkeypatch.setattr(results, "choosing_half", lambda number, seed: number % 7 < 3)
+    with pytest.raises(AssertionError):
+        assert_choice_is_blind(runs)
+
+
+def test_halves_are_the_same_on_every_split():
+    """About as many rows in either; other ones with another seed of the comparison."""
+    half = [results.choosing_half(number, 42) for number in range(400)]
+    assert 160 < sum(half) < 240 and half == [results.choosing_half(number, 42) for number in range(400)]
+    assert half != [results.choosing_half(number, 43) for number in range(400)]
+
+
+def test_choice_of_a_value():
+    """The best mean score, then the lowest loss; a value with runs that failed comes behind those without."""
+    good, better, worse = ({"x": score, "eval_loss": 1.0} for score in (50.0, 60.0, 40.0))
+    assert results.choose([[good, good], [better, worse], [better, good]], "x") == 2
+    assert results.choose([[good, good], [better, worse | {"eval_loss": 0.5}]], "x") == 1
+    assert results.choose([[worse, worse], [better, None]], "x") == 0
+    assert results.choose([[None], [None]], "x") is None
+    assert results.choose([[{"x": None, "eval_loss": 2.0}], [{"x": None, "eval_loss": 1.0}]], "x") == 1
+    grid = [{"a": a, "b": b} for a in ("1", "2", "3") for b in ("1", "2")]
+    assert results.describe_choice({"a": "2", "b": "1"}, grid) == {"a": 2, "b": 1, "at_edge": True}
+    assert results.describe_choice({"a": "2"}, [{"a": "1"}, {"a": "2"}, {"a": "3"}]) == {"a": 2, "at_edge": False}
+
+
+def test_a_value_or_an_arm_that_failed_is_a_row_without_figures(tmp_path):
+    runs = [planned("fedavg", tmp_path / value, learning_rate=value) for value in ("1e-3", "3e-3")]
+    leave_run(tmp_path / "1e-3", [table("global", range(20), [1.0] * 20)])
+    comparison = results.compare_runs(SWEPT, ["fedavg"], runs, [True, False])
+    assert comparison["rows"][0]["chosen"]["learning_rate"] == 0.001 and comparison["rows"][0]["failed"] == 0
+    assert comparison["rows"][0]["sweep"][1] == {"learning_rate": 0.003, "exact_match": None, "eval_loss": None}
+    comparison = results.compare_runs(SWEPT, ["fedavg"], runs, [False, False])
+    (row,) = comparison["rows"]
+    assert (row["chosen"], row["exact_match"], row["failed"], row["clients"]) == (None, None, 1, [])
+    assert "fedavg (1 of 1 failed)" in comparison_tables(comparison)
+
+
+def test_gains_by_hand(tmp_path):
+    """Of 20 own rows, local knows 10: client 0 gains the other 10, client 1 loses all, client 2 stays as it is."""
+    half, runs = [1.0, 0.0] * 10, []
+    for arm, own in (
+        ("local", [half] * 3),
+        ("fedavg", [[1.0] * 20, [0.0] * 20, half]),
+        ("centralized", [[1.0] * 20] * 3),
+    ):
+        tables = [
+            table("own", range(100 * client, 100 * client + 20), right, client) for client, right in enumerate(own)
+        ]
+        place = leave_run(tmp_path / arm, [*tables, table("global", [1], [1.0])], (None,) * 3)
+        runs.append(planned(arm, place))
+    args = SimpleNamespace(sweep=None, seed=42, seeds=1)
+    rows = results.compare_runs(args, ["local", "fedavg", "centralized"], runs, [True] * 3)["rows"]
+    assert [each["gain_over_local"] for each in rows[0]["clients"]] == [None] * 3
+    found = [each["gain_over_local"] for each in rows[1]["clients"]]
+    assert [gain["mean"] for gain in found] == [50, -50, 0] and [gain["harmed"] for gain in found] == [
+        False,
+        True,
+        False,
+    ]
+    assert found[0]["low"] == pytest.approx(50 - 1.96 * 50 / 20**0.5, abs=5) and found[2]["high"] == 0
+    assert [each["gain_over_pooled"]["mean"] for each in rows[1]["clients"]] == [0, -100, -50]
+    assert [(each["client"], each["split"], each["rows"], each["score"]) for each in rows[1]["clients"]] == [
+        (0, 42, 20, 100), (1, 42, 20, 0), (2, 42, 20, 50)
+    ]  # fmt: skip
+    text = comparison_tables(results.compare_runs(args, ["local", "fedavg", "centralized"], runs, [True] * 3))
+    assert "1 of 3: client 1 of split 42" in text
+
+
+def test_clients_that_the_data_set_names_are_the_same_on_every_split(tmp_path):
+    """A row that two splits hold out counts once, with the mean of both; without names, clients are of one split."""
+    for names, expected in ((("a", "b"), 2), ((None, None), 4)):
+        runs = []
+        for split in (42, 43):
+            tables = [table("own", range(split, split + 10), [1.0] * 10, client) for client in (0, 1)]
+            runs.append(planned("local", leave_run(tmp_path / f"{names[0]}_{split}", tables, names, split)))
+        own = gains.own_scores(runs, "exact_match")
+        assert len(own) == expected
+        rows = own[None, 0, "a"] if names[0] else own[42, 0, None]
+        assert len(rows) == (11 if names[0] else 10)
+
+
+def test_gains_of_equal_clients_hold_0(tmp_path):
+    """Two arms that are right as often, at random: hardly an interval is without 0. With equal answers, gains are 0."""
+    rng, args = np.random.default_rng(3), SimpleNamespace(sweep=None, seed=42, seeds=1)
+    runs = []
+    for arm in ("local", "fedavg"):
+        tables = [table("global", [1], [1.0])]
+        for client in range(40):
+            tables.append(table("own", range(48), rng.integers(2, size=48).astype(float).tolist(), client))
+        runs.append(planned(arm, leave_run(tmp_path / arm, tables, [None] * 40)))
+    _, fedavg = results.compare_runs(args, ["local", "fedavg"], runs, [True] * 2)["rows"]
+    found = [each["gain_over_local"] for each in fedavg["clients"]]
+    assert sum(gain["low"] <= 0 <= gain["high"] for gain in found) >= 36 and sum(gain["harmed"] for gain in found) <= 2
+    runs[1] = planned("fedavg", runs[0].folder)
+    _, same = results.compare_runs(args, ["local", "fedavg"], runs, [True] * 2)["rows"]
+    assert {tuple(each["gain_over_local"].values()) for each in same["clients"]} == {(0, 0, 0, False)}
+
+
+# -----------------------------------------------------------------------------
+# which runs there are
+
+
+def plan(folder, *flags):
+    flags = ["--output_dir", str(folder), *flags]
+    args = main.parse_args(flags)
+    return compare.plan_runs(args, flags, compare.find_arms(args.compare), main.parse_args)
+
+
+def test_runs_of_a_sweep(tmp_path):
+    """Every combination; a flag of the arm's own stays, and only strategies that have a server rate try several."""
+    flags = "--world_size 2 --sweep learning_rate=1e-3,3e-3 --sweep server_lr=0.3,1".split()
+    runs = plan(tmp_path, "--compare", "local --learning_rate 5e-3, fedavg, fedavgm, centralized", *flags)
+    assert [run.values for run in runs] == [
+        {}, {"learning_rate": "1e-3"}, {"learning_rate": "3e-3"},
+        {"learning_rate": "1e-3", "server_lr": "0.3"}, {"learning_rate": "1e-3", "server_lr": "1"},
+        {"learning_rate": "3e-3", "server_lr": "0.3"}, {"learning_rate": "3e-3", "server_lr": "1"},
+        {"learning_rate": "1e-3"}, {"learning_rate": "3e-3"},
+    ]  # fmt: skip
+    assert [run.args.learning_rate for run in runs] == [5e-3, 1e-3, 3e-3, 1e-3, 1e-3, 3e-3, 3e-3, 1e-3, 3e-3]
+    assert runs[3].args.server_lr == 0.3 and len({run.folder for run in runs}) == 9
+    assert runs[0].folder.name == "local_--learning_rate_5e-3_seed_42"
+    assert {run.args.own_eval_rows for run in runs} == {0}
+
+
+def test_splits_and_seeds_are_crossed(tmp_path):
+    """Each training seed is the same on every split; with one seed a repeat, as ever, the seed is that of the split."""
+    seeds = [
+        (run.args.split_seed, run.args.seed) for run in plan(tmp_path, *"--compare ffa --repeats 3 --seeds 2".split())
+    ]
+    assert seeds == [(42, 42), (42, 43), (43, 42), (43, 43), (44, 42), (44, 43)]
+    seeds = [(run.args.split_seed, run.args.seed) for run in plan(tmp_path, *"--compare ffa --repeats 3".split())]
+    assert seeds == [(None, 42), (None, 43), (None, 44)]
+
+
+@pytest.mark.parametrize("rows, flag, expected", [
+    (9, None, 1), (50, None, 5), (475, None, 16), (9, 0, 4), (50, 0, 16), (475, 0, 47), (5000, 0, 128),
+    (50, 20, 20), (50, 40, 25), (2, 40, 1),
+])  # fmt: skip
+def test_own_held_out_rows(rows, flag, expected):
+    assert prepare.num_own_eval_rows(SimpleNamespace(own_eval_rows=flag), rows) == expected
 
 
 # -----------------------------------------------------------------------------
@@ -175,6 +415,44 @@ def test_comparison(compared):
     text = (folder / "comparison.md").read_text()
     assert all(f"| {name} " in text for name in ARMS) and "| client 3 " in text and "unresolved" in text
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scores_of_rows_are_those_of_the_summary(compared):
+    """Row by row, as --compare reads them, and in all, as the run has summed them up; own rows, too."""
+    _, folder = compared
+    for arm in ARMS:
+        for run in runs_of(folder, arm):
+            summary, scores = json.loads((run / "summary.json").read_text()), gains.read_scores(run)
+            found = results.scores_on(scores, lambda number: True)
+            for name in ("exact_match", "f1", "rouge_l", "token_accuracy"):
+                assert found[name] == pytest.approx(summary[name]["after"], abs=0.02), name
+            assert found["eval_loss"] == pytest.approx(summary["eval_loss"]["last"], rel=1e-4)
+            own = {each["client"]: each for each in scores if each["of"] == "own"}
+            assert sorted(own) == [client["client"] for client in summary["per_client"]]
+            for client in summary["per_client"]:
+                each = own[client["client"]]
+                assert len(each["row"]) == 8  # half of 16: 16 would be all
+                assert 100 * sum(each["exact_match"]) / 8 == client["exact_match"]
+                assert sum(each["nats"]) / sum(each["tokens"]) == pytest.approx(client["eval_loss"], rel=1e-4)
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    assert [len(row["clients"]) for row in rows] == [9] * 3  # 3 clients on each of 3 splits
+    for each in rows[2]["clients"]:
+        assert each["gain_over_local"]["low"] <= each["gain_over_local"]["mean"] <= each["gain_over_local"]["high"]
+
+
+def test_comparison_with_a_sweep(small_inputs, tmp_path):
+    """Each value in a folder of its own; the row is of the chosen one, scored on the rows that did not choose it."""
+    flags = "--world_size 1 --num_clients 2 --num_rounds 1 --local_steps 2 --quiet --compare fedavg".split()
+    flags += ["--sweep", "learning_rate=1e-2,1e-4", *small_inputs, "--output_dir", str(tmp_path)]
+    main.main(flags)
+    (row,) = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert row["chosen"] == {"learning_rate": 0.01, "at_edge": True}
+    run = tmp_path / "comparison" / "fedavg_--learning_rate_1e-2_seed_42"
+    scored = results.scores_on(gains.read_scores(run), lambda number: not results.choosing_half(number, 42))
+    assert row["eval_loss"] == scored["eval_loss"] and row["exact_match"] == scored["exact_match"]
+    assert scored["eval_loss"] != results.comparison_row("fedavg", run)["eval_loss"]
+    text = (tmp_path / "comparison.md").read_text()
+    assert "0.01 (edge)" in text and "the scores are on the other" in text
 
 
 def test_runs_of_a_comparison_are_alike(compared):

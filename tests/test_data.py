@@ -56,6 +56,19 @@ def test_ranks_share_the_global_rows_out(ranks):
     shares = [its_data.global_share()["id"][:] for its_data in ranks]
     assert sorted(shares[0] + shares[1]) == list(range(100, 200)) and len(shares[0]) == len(shares[1]) == 50
     assert len(ranks[0].questions()) == data.ANSWERED_ROWS
+    numbers = ranks[0].global_numbers  # in their split, whatever the seed
+    assert ranks[0].global_held_out["id"] == [100 + number for number in numbers] and numbers != sorted(numbers)
+
+
+def test_a_round_evaluates_the_first_own_rows_alone():
+    """Of 50 that the end answers, 16; of two parts (--centralized) as many each."""
+    rows = datasets.Dataset.from_dict({"id": list(range(100))})
+    held_out = [list(range(0, 50)), list(range(50, 100))]
+    args = {field: None for field in data.ClientData.__dataclass_fields__}
+    one = data.ClientData(**args | {"rows": rows, "held_out": held_out, "scored": [0, 1], "num_train": [9, 9]})
+    assert one.own_held_out(1)["id"] == list(range(50, 66))
+    one.num_train = [18]
+    assert one.own_held_out(0)["id"] == [*range(16), *range(50, 66)]
 
 
 def test_the_last_rank_of_a_client_has_its_state(ranks):

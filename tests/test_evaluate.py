@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from conftest import make_trainer
 from torchmetrics.text import SQuAD
 from transformers import AutoTokenizer
 
@@ -234,3 +235,34 @@ def test_losses_are_added_over_tokens():
     both = evaluate.add_losses([evaluate.Loss(2.0, 4, 1), evaluate.Loss(6.0, 12, 7)])
     assert both == (8.0, 16, 8) and both.mean() == 0.5
     assert evaluate.describe_loss(both) == {"perplexity": 1.6487, "token_accuracy": 50.0}
+
+
+def test_sums_of_rows():
+    """Padded rows, and rows that lie one after the other, of which the last token has no next one."""
+    padded = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]])
+    assert evaluate.sums_of_rows(padded, [2, 3]) == [3, 12]
+    assert evaluate.sums_of_rows(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]), [2, 4]) == [3, 12]
+    assert evaluate.sums_of_rows(torch.tensor([[True, False, True]]), [1, 3]) == [1, 1]
+
+
+def test_scores_of_rows():
+    """A row that asks nothing has no answer, and neither have those behind the last question that was asked."""
+    rows = {"prompt_length": [1, 0, 1, 1]}
+    losses = [evaluate.Loss(0.5, 2, 1)] * 3 + [evaluate.Loss(1.0, 4, 4)]
+    answers = [evaluate.Answered("red", ["red"], False), evaluate.Answered("x", ["red cat"], False)]
+    table = evaluate.scores_of_rows(rows, [7, 3, 5, 9], losses, answers)
+    assert table["row"] == [7, 3, 5, 9] and table["exact_match"] == [1, None, 0, None] == table["f1"]
+    assert table["nats"] == [0.5, 0.5, 0.5, 1] and table["tokens"] == [2, 2, 2, 4] and table["correct"] == [1, 1, 1, 4]
+
+
+def test_losses_of_each_row_are_in_the_order_of_the_rows(tmp_path):
+    """They are evaluated by their length; those of a row alone are the same."""
+    ids = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19]]
+    labels = [[-100, *row[1:]] for row in ids]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]})
+    _, trainer = make_trainer(tmp_path, "--per_device_train_batch_size", "1", rows=rows)
+    loss, losses = evaluate.evaluate_each(trainer, rows)
+    assert [each.tokens for each in losses] == [2, 5, 1, 3] and loss.tokens == 11
+    assert sum(each.nats for each in losses) == pytest.approx(loss.nats, rel=1e-5)
+    for number, each in enumerate(losses):
+        assert evaluate.evaluate(trainer, rows.select([number])).nats == pytest.approx(each.nats, rel=1e-4)

@@ -197,7 +197,7 @@ def test_files_of_a_run(finished):
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints", "client_0_eval_loss.json", "client_0_train_loss.json", "client_1_eval_loss.json",
         "client_1_train_loss.json", "config.json", "federated_global_model", "global_eval_loss.json", "loss.png",
-        "partition.json", "rounds.jsonl", "samples.json", "summary.json",
+        "partition.json", "rounds.jsonl", "samples.json", "scores.json", "summary.json",
     ]  # fmt: skip
     rounds = runlog.read_rounds(folder)
     losses = {path.stem: json.loads(path.read_text()) for path in folder.glob("*_loss.json")}

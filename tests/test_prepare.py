@@ -25,7 +25,7 @@ def test_needed_rows():
 
 
 def test_table_of_clients_rows_and_labels():
-    args = argparse.Namespace(partition="column", partition_column="site", dirichlet_alpha=0.5, seed=1)
+    args = argparse.Namespace(partition="column", partition_column="site", dirichlet_alpha=0.5, seed=1, split_seed=None)
     record = prepare.describe_partition(
         args, [np.array([0, 2]), np.array([1])], [3], [10, 11, 12, 13], ["x", "y", "x", "y"], ["x", "y"]
     )
@@ -92,6 +92,17 @@ def test_each_client_holds_out_a_tenth_of_its_rows(tmp_path, centralized):
     assert [len(part) for part in split["train"]] == ([1000 - 22] if centralized else [4, 45, 929])
     assert sorted(sum(split["train"] + split["held_out"], [])) == list(range(1000))
     assert split["global"] == [1000, 1001] and split["scored"] == [0, 1, 2]
+
+
+def test_split_seed_deals_the_rows():
+    """--seed alone does both; with --split_seed, another --seed leaves every row where it is."""
+    labels = list("ab") * 20
+    flags = "--partition dirichlet --partition_column site --num_clients 3 --num_rounds 1".split()
+    dealt = []
+    for more in (["--seed", "7"], ["--seed", "1", "--split_seed", "7"], ["--seed", "1"]):
+        parts, global_part = prepare.deal_rows(args_of(*flags, *more), 40, False, labels, None)
+        dealt.append([part.tolist() for part in (*parts, global_part)])
+    assert dealt[0] == dealt[1] != dealt[2]
 
 
 # -----------------------------------------------------------------------------

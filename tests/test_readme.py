@@ -216,12 +216,16 @@ def run_commands(folder, commands):
 
 
 def shorten(command):
-    """Return a command with 2 rounds of 1 step where it trains, and a comparison of two of its runs, once."""
+    """Return a command with 2 rounds of 1 step where it trains, two runs of a comparison, one value of a sweep."""
     words = shlex.split(command)
     if "--compare" in words:
         place = words.index("--compare") + 1
         first, *_, last = words[place].split(",")
         words[place] = f"{first},{last}"
+        words += ["--seeds", "1"]
+    if "--sweep" in words:
+        place = words.index("--sweep") + 1
+        words[place] = words[place].split(",")[0]
     if words[1] == "main.py" and not {"--ask", "--merge", "--dry_run"} & set(words):
         words += "--num_rounds 2 --local_steps 1 --eval_rounds 2 --repeats 1".split()
     return shlex.join(words)

@@ -1,0 +1,93 @@
+"""Tables and comparison.png: they fit a terminal, nothing is cut off, and nothing lies on each other."""
+
+import itertools
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from fllama import figures, report
+
+NAMES = ["local", "centralized", "fedavg --num_rounds 40 --local_steps 4", "ffa", "fedsa"]
+
+
+def gain(mean):
+    return {"mean": mean, "low": mean - 10, "high": mean + 10, "harmed": mean < -10}
+
+
+def comparison_of(num_clients=8, names=NAMES, score="exact_match"):
+    """A comparison with invented figures, as comparison.json has it."""
+    rows = []
+    for number, name in enumerate(names):
+        run = dict.fromkeys(key for key, _ in (*figures.COLUMNS.values(), *figures.LONG_ANSWERS.values()))
+        run |= {"tokens": 379821, "bytes": 104.9e6, "seconds": 51, score: 50.0 + number, "eval_loss": 0.25}
+        clients = []
+        for client in range(num_clients):
+            worth = gain(5.0 * (client - 3)) if name != "local" else None
+            clients.append({"client": client, "name": f"site {client}", "split": None, "gain_over_local": worth})
+        runs = [run | {score: 48.0 + number, "clients": []}, run | {score: 52.0 + number, "clients": []}]
+        interval = {"low": 45.0 + number, "high": 55.0 + number}
+        rows.append(run | {"name": name, "failed": 0, "runs": runs, "interval": interval, "clients": clients})
+        rows[-1]["chosen"] = {"learning_rate": 0.01, "at_edge": True}
+        rows[-1]["sweep"] = [{"learning_rate": 0.003}, {"learning_rate": 0.01}]
+    pairs = []
+    for a, b in itertools.combinations(names, 2):
+        pair = {"a": a, "b": b, "of": score, "mean": -1.0, "low": -10.0, "high": 8.0, "p": 0.5}
+        pairs.append(pair | {"adjusted": 1.0, "unresolved": True, "needed_repeats": 123})
+    shares = {"split": 0.5, "seed": None, "method": 0.3, "interaction": None, "residual": 0.2}
+    return {"repeats": 5, "seeds": 1, "score": score, "rows": rows, "variance": shares, "differences": pairs}
+
+
+@pytest.mark.parametrize("num_clients", [0, 1, 8, 50])
+def test_nothing_of_the_figure_is_cut_off(num_clients):
+    """All texts are within the canvas, and the names of the arms do not lie on each other."""
+    figure = figures.draw_comparison(comparison_of(num_clients))
+    FigureCanvasAgg(figure).draw()
+    width, height = figure.bbox.width, figure.bbox.height
+    assert width <= 1200 and height <= 1600
+    texts = []
+    for axes in figure.axes:
+        left, right = axes.get_xlim()
+        ticks = [label for label in axes.get_xticklabels() if left <= label.get_position()[0] <= right]  # those drawn
+        texts += [*ticks, *axes.get_yticklabels(), *axes.texts, axes.xaxis.label, axes.title, axes._left_title]
+    shown = [text for text in texts if text.get_text()]
+    assert len(shown) > 15
+    for text in shown:
+        box = text.get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height, text.get_text()
+    for labels in (figure.axes[0].get_yticklabels(), [axes.xaxis.label for axes in figure.axes]):
+        boxes = [label.get_window_extent() for label in labels]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_points_of_the_figure():
+    """A client is a point of its own, sorted by its gain; those that are harmed are orange."""
+    figure = figures.draw_comparison(comparison_of(8, ["local", "fedavg"]))
+    points = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
+    places = [(line.get_xdata()[0], line.get_ydata()[0]) for line in points]
+    assert [x for x, _ in places] == [-15, -10, -5, 0, 5, 10, 15, 20]
+    assert [y for _, y in places] == sorted({y for _, y in places})
+    assert [line.get_color() for line in points] == [report.ORANGE] + [report.BLUE] * 7
+    assert len(figures.draw_comparison(comparison_of(0)).axes) == 1
+
+
+def test_tables_fit_a_terminal():
+    names = ["local", "fedavg", "ffa", "rolora", "svd", "fedsa"]
+    text = figures.comparison_tables(comparison_of(8, names))
+    assert max(map(len, text.splitlines())) <= 110
+    assert "0.01 (edge)" in text and "50.0% ±5.0" in text and "123" in text
+    assert "50% the split" in text and "Not told\napart here" in text or "Not told apart here" in text
+    line = next(line for line in text.splitlines() if line.startswith("| fedavg ") and "of 8" in line)
+    assert [cell.strip() for cell in line.split("|")[2:6]] == ["+2.5", "-15.0", "+20.0", "1 of 8: site 0"]
+
+
+def test_one_flag_at_the_edge_says_nothing_of_another():
+    comparison = comparison_of(0, ["fedavgm"])
+    row = comparison["rows"][0]
+    row["chosen"] = {"learning_rate": 0.01, "server_lr": 1.0, "at_edge": True}
+    row["sweep"] = [
+        {"learning_rate": rate, "server_lr": server} for rate in (0.003, 0.01) for server in (0.3, 1.0, 3.0)
+    ]
+    line = next(
+        line for line in figures.table_of_costs(comparison["rows"]).splitlines() if line.startswith("| fedavgm")
+    )
+    assert [cell.strip() for cell in line.split("|")[2:4]] == ["0.01 (edge)", "1"]
