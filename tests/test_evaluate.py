@@ -240,9 +240,9 @@ def test_losses_are_added_over_tokens():
 def test_sums_of_rows():
     """Padded rows, and rows that lie one after the other, of which the last token has no next one."""
     padded = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]])
-    assert evaluate.sums_of_rows(padded, [2, 3]) == [3, 12]
-    assert evaluate.sums_of_rows(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]), [2, 4]) == [3, 12]
-    assert evaluate.sums_of_rows(torch.tensor([[True, False, True]]), [1, 3]) == [1, 1]
+    assert evaluate.sums_of_rows(padded, [2, 3]).tolist() == [3, 12]
+    assert evaluate.sums_of_rows(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]), [2, 4]).tolist() == [3, 12]
+    assert evaluate.sums_of_rows(torch.tensor([[True, False, True]]), [1, 3]).tolist() == [1, 1]
 
 
 def test_scores_of_rows():
