@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import utils
-from fllama import checkpoints, data, evaluate, launch, options, publish, report, runlog, selfcheck, terminal
+from fllama import audit, checkpoints, data, evaluate, launch, options, publish, report, runlog, selfcheck, terminal
 from fllama.clients import LocalClients
 from fllama.collectives import Communicator, load_vector
 from fllama.model import build_optimizer, build_trainer, load_model, load_tokenizer, lora_parameters, silence_libraries
@@ -146,7 +146,8 @@ def local_train(rank, args, run):
     log.close()
     last_clients = rows.plan[number - 1].shares[rank]
     results = evaluate.score_clients(args, comm, trainer, rows, last_clients, clients)
-    publish.publish(args, run, comm, trainer, rows, server, clients, *results)
+    audited = audit.audit(args, run, comm, trainer, clients)
+    publish.publish(args, run, comm, trainer, rows, server, clients, *results, audited)
     comm.meet()  # nobody leaves before it is there
     dist.destroy_process_group()
     if ended:

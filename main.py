@@ -104,6 +104,12 @@ def parse_args(argv=None):
     add("--partition_column", help="of dirichlet and column: whose values tell clients apart (default: label)")
     add("--dirichlet_alpha", type=positive(float), default=0.5, help="the smaller, the less alike the clients")
 
+    add = parser.add_argument_group("privacy (docs/privacy.md)").add_argument
+    add("--canaries", type=not_negative_int, default=0, help="made-up rows for each client, to measure what leaks")
+    add("--dp_epsilon", type=positive(float), help="differential privacy of each row (of each client with dp_fedavg)")
+    add("--dp_delta", type=fraction, help="chance that it fails, below 1 / rows (default: 1e-5)")
+    add("--dp_clip_norm", type=positive(float), help="longest gradient of a row, or update of a client (default: 1)")
+
     add = parser.add_argument_group("local training").add_argument
     add("--per_device_train_batch_size", type=positive(int), default=4, help="rows of a client in one forward pass")
     add("--gradient_accumulation_steps", type=positive(int), default=1, help="forward passes in an optimizer step")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import utils
 from fllama import options
-from fllama.report import SCORES, describe_draw, describe_local_terms, describe_precision, show_score
+from fllama.report import SCORES, describe_audit, describe_draw, describe_local_terms, describe_precision, show_score
 
 
 def model_card(args, run, summary):
@@ -48,7 +48,7 @@ A LoRA adapter (rank {args.lora_r}, alpha {args.lora_alpha:g}, on all linear lay
 
 Held-out loss {first} nats per answer token at the first evaluated round, {last} at the last. On the clients' own
 held-out rows: {describe_own_scores(summary["headline"][0], clients)}.
-
+{describe_privacy(summary)}
 ## Limits
 
 The clients were simulated on machines of one owner, so this says nothing about privacy: nothing was encrypted, no noise
@@ -87,6 +87,12 @@ python main.py --output_dir OUTPUT_DIR --merge
 python convert_hf_to_gguf.py OUTPUT_DIR/merged_model --outfile model.gguf
 ```
 """
+
+
+def describe_privacy(summary):
+    """Return the section of what was measured and promised of privacy; nothing without either."""
+    lines = [f"- {' '.join(line.split())}" for line in describe_audit(summary["audit"])]
+    return "\n".join(["", "## Privacy", "", *lines, ""]) if lines else ""
 
 
 def table_of_scores(summary):
