@@ -166,7 +166,7 @@ def audited(tmp_path, small_inputs):
 
     def train_and_audit(epochs):
         torch.manual_seed(1)
-        args, trainer = make_trainer(tmp_path, *small_inputs, "--canaries", "24", "--learning_rate", "5e-3")
+        args, trainer = make_trainer(tmp_path, *small_inputs, "--canaries", "24")
         made = audit.make_canaries(args, SQUAD, trainer.processing_class, None)
         datasets.DatasetDict(canaries=made.rows).save_to_disk(tmp_path / "audited")
         audit.save(made, tmp_path / "audited")
@@ -186,8 +186,8 @@ def audited(tmp_path, small_inputs):
 def test_a_model_that_has_learned_rows_by_heart_is_caught(audited, monkeypatch):
     monkeypatch.setattr(audit, "REFERENCES", 63)
     found = audited(120)
-    assert found["auc"] > 0.97 and found["auc_interval"][0] > 0.8 and found["auc_interval"][1] == 1
-    assert found["exposure"]["most"] == 6 and found["exposure"]["inserted"] > 5 > 3 > found["exposure"]["held_out"]
+    assert found["auc"] > 0.97 and found["auc_interval"][0] > 0.8 and found["auc_interval"][1] > 0.99
+    assert found["exposure"]["most"] == 6 and found["exposure"]["inserted"] > 4 > 2.5 > found["exposure"]["held_out"]
     assert found["epsilon_lower_bound"] > 0.8
     assert found["canaries"] == len(found["each"]) == 24 and list(found["per_client"]) == [0]
     assert found["across_clients"][0]["auc"] == found["auc"]
