@@ -15,12 +15,12 @@ def folder_name(args):
     return CLIENT_MODELS if keeps_own_models(args) else GLOBAL_MODEL
 
 
-def publish(args, run, comm, trainer, rows, server, clients, answers, global_loss, scores, audited=None):
+def publish(args, run, comm, trainer, rows, server, clients, answers, global_loss, scores, audited=None, ledger=None):
     """Write what a run leaves behind; all ranks participate.
 
     `answers` are those to the held-out questions after training, `global_loss` the Loss on the held-out rows (None if
     clients have models of their own), `scores` those of the clients of the last round, `audited` what audit.audit has
-    found.
+    found, `ledger` privacy.Ledger's.
     """
     model, tokenizer = trainer.model, trainer.processing_class
     target = Path(args.output_dir, folder_name(args))
@@ -45,6 +45,7 @@ def publish(args, run, comm, trainer, rows, server, clients, answers, global_los
     names = evaluate.headline(tokenizer, questions)
     both = {"before": before, "after": after}
     summary = report.summarize(rounds, rows.num_train, both, names, scores, len(questions))
+    summary["privacy"] = ledger and ledger.summarize()
     summary["audit"] = audited and {name: value for name, value in audited.items() if name != "each"}
     samples = compare_samples(questions, server.scores_before["samples"], answers)
     folder = Path(args.output_dir)

@@ -131,7 +131,7 @@ def round_line(args, entry):
     width = len(str(args.num_rounds))
     parts = [
         f"round {entry['round']:{width}}/{args.num_rounds}",
-        f"train {entry['train_loss']:.4f}",
+        f"train {entry['train_loss']:.4f}" if entry["train_loss"] is not None else "no client   ",
         f"eval {entry['eval_loss']:.4f}" if entry["eval_loss"] is not None else " " * 11,
         f"update {entry['update_norm']:.1e}",
         f"local {entry['seconds']['local']:.1f}s",
@@ -140,6 +140,8 @@ def round_line(args, entry):
     ]
     if entry["aggregation_error"] is not None:
         parts.append(f"aggregation error {100 * entry['aggregation_error']:.1f}%")
+    if entry.get("epsilon"):
+        parts.append(f"epsilon {entry['epsilon']:.2f}")
     return " | ".join(parts)
 
 
@@ -249,7 +251,7 @@ def print_summary(args, rounds, summary, samples, target):
         print(
             f"cut            {summary['cut']} of {summary['answered']} answers were longer than --max_new_tokens allows"
         )
-    for line in describe_audit(summary["audit"]):
+    for line in describe_guarantee(summary["privacy"]) + describe_audit(summary["audit"]):
         print(line)
     first = summary["headline"][0]
     scored = [client for client in summary["per_client"] if client[first] is not None]
@@ -262,6 +264,18 @@ def print_summary(args, rounds, summary, samples, target):
         )
     folder = target / "client_N" if options.keeps_own_models(args) else args.output_dir
     print(f'use it: python main.py --output_dir {shlex.quote(str(folder))} --ask "..." --context "..."', flush=True)
+
+
+def describe_guarantee(privacy):
+    """Return what was promised and spent, as in summary.json, with all that gives the number its meaning."""
+    if not privacy:
+        return []
+    return [
+        f"privacy        epsilon {privacy['epsilon']:.2f} was spent at delta {privacy['delta']:g}, for "
+        f"{privacy['unit']} ({privacy['relation']})",
+        f"               sampling: {privacy['sampling']}; it covers the adapter, and no losses, scores, logs, nor "
+        "choices made by looking at them",
+    ]
 
 
 def describe_audit(audit):
