@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import utils
 from fllama import (
+    accountant,
     audit,
     checkpoints,
     data,
@@ -61,8 +62,8 @@ def local_train(rank, args, run):
         server.scores_before = evaluate.score_before(args, comm, trainer, rows)
     log = runlog.RunLog(rank, args, rows, server.rounds_done)
     if run.guarantee:
-        ledger = privacy.Ledger(args, run.guarantee)
-        privacy.announce(args, log, ledger, rows.plan[server.rounds_done :], count_trained(args, model))
+        ledger = accountant.Ledger(args, run.guarantee)
+        accountant.announce(args, log, ledger, rows.plan[server.rounds_done :], count_trained(args, model))
     first_round = server.rounds_done + 1
     # what all ranks must agree on: all of LoRA; after a resume only the shared part, as each client has its own rest
     start = server.start if run.checkpoint else utils.flatten_parameters(lora)

@@ -32,7 +32,7 @@ import datasets
 import torch
 
 import utils
-from fllama import checkpoints, compare, estimate, launch, machines, options, prepare, privacy, report, sources, use
+from fllama import accountant, checkpoints, compare, estimate, launch, machines, options, prepare, report, sources, use
 from fllama.options import columns, fraction, not_negative, not_negative_int, positive, seed
 
 SCHEDULES = ["cosine", "linear", "constant", "constant_with_warmup"]
@@ -227,7 +227,7 @@ def prepared_run(args, command):
         partition, data_digest = prepare.prepare_data(
             args, source, form, tokenizer, model_config.vocab_size, folder, started
         )
-        guarantee = privacy.promise(args, f"{folder}/data", checkpoint)
+        guarantee = accountant.promise(args, f"{folder}/data", checkpoint)
         prepare.check_space(args, model_config)
         use.make_repository(args)
         checkpoints.open_output_dir(args, checkpoint, config | {"data_digest": data_digest}, partition)

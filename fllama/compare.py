@@ -38,6 +38,11 @@ COLUMNS = {  # of the table: heading -> (what of a row, how)
     "MB sent": ("bytes", "{:,.1f}"),
     "seconds": ("seconds", "{:,.0f}"),
 }
+PRIVACY = {  # of the table, too, where a run has it
+    "epsilon": ("epsilon", "{:.2f}"),
+    "audit AUC": ("audit_auc", "{:.3f}"),
+    "epsilon at least": ("epsilon_lower_bound", "{:.2f}"),
+}
 LONG_ANSWERS = {  # of the table instead, where exact match says little
     "held-out loss": COLUMNS["held-out loss"],
     "token accuracy": ("token_accuracy", "{:.1f}%"),
@@ -141,7 +146,7 @@ def comparison_row(name, folder):
     for client in clients:
         own.append(client["exact_match"])
         models.append(client.get("global", {}).get("exact_match", exact_match))
-    others = {}
+    audit, others = summary.get("audit") or {}, {}
     for key in ("rouge_l", "token_accuracy", "perplexity"):
         others[key] = summary.get(key, {}).get("after")
     return {
@@ -158,6 +163,9 @@ def comparison_row(name, folder):
         "bytes": summary["bytes"],
         "seconds": summary["seconds"]["local"] + summary["seconds"]["average"],
         "clients": clients,
+        "epsilon": (summary.get("privacy") or {}).get("epsilon"),
+        "audit_auc": audit.get("auc"),
+        "epsilon_lower_bound": audit.get("epsilon_lower_bound"),
     }
 
 
@@ -175,7 +183,7 @@ def compare_rows(names, repeats):
     for name, runs in runs_of.items():
         ended = [run for run in runs if run]
         row = {"name": name}
-        for key, _ in (*COLUMNS.values(), *LONG_ANSWERS.values()):
+        for key, _ in (*COLUMNS.values(), *LONG_ANSWERS.values(), *PRIVACY.values()):
             row[key] = mean([run.get(key) for run in ended])
         rows.append(row | {"failed": len(runs) - len(ended), "runs": ended})
     for a, b in itertools.combinations(names, 2):
@@ -229,6 +237,9 @@ def comparison_tables(comparison):
 
 def table_of_arms(comparison):
     columns = COLUMNS if comparison["score"] == "exact_match" else LONG_ANSWERS
+    for heading, (key, form) in PRIVACY.items():
+        if any(row.get(key) is not None for row in comparison["rows"]):
+            columns = columns | {heading: (key, form)}
     lines = [["", *columns]]
     for row in comparison["rows"]:
         failed = f" ({row['failed']} of {comparison['repeats']} failed)" if row["failed"] else ""

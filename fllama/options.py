@@ -234,7 +234,7 @@ def check_strategy(args):
 def strategy_of(args, guarantee=None):
     """Return the strategy of --aggregator with those of its settings that are flags: a function (clients, state).
 
-    `guarantee` (privacy.Guarantee) has the noise that dp_fedavg needs.
+    `guarantee` (accountant.Guarantee) has the noise that dp_fedavg needs.
     """
     strategy = utils.AGGREGATORS[args.aggregator]
     settings, names = {}, list(inspect.signature(strategy).parameters)[2:]
@@ -257,7 +257,7 @@ def check_privacy(args, num_gpus):
         for name in ("dp_delta", "dp_clip_norm"):
             if getattr(args, name) is not None:
                 fail(f"--{name} is of differential privacy; give --dp_epsilon, too, or leave it out")
-        if args.aggregator == "dp_fedavg" and not args.compare:
+        if args.aggregator == "dp_fedavg":
             fail("--aggregator dp_fedavg needs --dp_epsilon: how private each client is to be")
         return
     args.dp_delta, args.dp_clip_norm = args.dp_delta or 1e-5, args.dp_clip_norm or 1.0

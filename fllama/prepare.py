@@ -33,7 +33,7 @@ class Run:
     num_gpus: int = 0  # of this machine
     command: str = ""  # for the model card
     versions: dict | None = None  # of Python and the libraries
-    guarantee: object = None  # privacy.Guarantee, with --dp_epsilon
+    guarantee: object = None  # accountant.Guarantee, with --dp_epsilon
 
     @property
     def by_torchrun(self):

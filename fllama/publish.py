@@ -20,7 +20,7 @@ def publish(args, run, comm, trainer, rows, server, clients, answers, global_los
 
     `answers` are those to the held-out questions after training, `global_loss` the Loss on the held-out rows (None if
     clients have models of their own), `scores` those of the clients of the last round, `audited` what audit.audit has
-    found, `ledger` privacy.Ledger's.
+    found, `ledger` accountant.Ledger's.
     """
     model, tokenizer = trainer.model, trainer.processing_class
     target = Path(args.output_dir, folder_name(args))

@@ -1,4 +1,4 @@
-"""fllama/privacy.py and utils.dp_fedavg: gradients of single rows, clips, noise, draws, and the account."""
+"""Private local steps, utils.dp_fedavg, and the account: gradients of rows, clips, noise, draws, what is spent."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from workers import troubled_rank
 import federated
 import main
 import utils
-from fllama import audit, noise, options, prepare, privacy, runlog
+from fllama import accountant, audit, noise, options, prepare, privacy, runlog
 from fllama.collectives import Clients, Communicator, Update
 from fllama.options import EMBEDDED_DATA
 
@@ -243,53 +243,53 @@ def test_dp_fedavg_leaves_out_nobody_by_the_median():
 
 
 def test_epsilon_is_that_of_the_library_called_by_hand():
-    accountant = dp_accounting.pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    library = dp_accounting.pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     step = dp_accounting.PoissonSampledDpEvent(0.02, dp_accounting.GaussianDpEvent(0.8))
-    expected = accountant.compose(dp_accounting.SelfComposedDpEvent(step, 200)).get_epsilon(1e-5)
-    found = privacy.epsilon_of(0.8, 0.02, 200, 1e-5)
+    expected = library.compose(dp_accounting.SelfComposedDpEvent(step, 200)).get_epsilon(1e-5)
+    found = accountant.epsilon_of(0.8, 0.02, 200, 1e-5)
     assert expected <= found <= expected * 1.002  # rounded up
-    assert privacy.epsilon_of(0.8, 0.02, 0, 1e-5) == 0
+    assert accountant.epsilon_of(0.8, 0.02, 0, 1e-5) == 0
     # with nobody drawn, the exact curve of the Gaussian mechanism: 16 steps of 8 are one of 2
-    assert privacy.epsilon_of(8.0, 1.0, 16, 1e-5) == pytest.approx(
+    assert accountant.epsilon_of(8.0, 1.0, 16, 1e-5) == pytest.approx(
         dp_accounting.get_epsilon_gaussian(2.0, 1e-5), rel=2e-3
     )
 
 
 def test_epsilon_and_noise_move_as_they_should():
     base = {"noise_multiplier": 1.0, "sampling_rate": 0.05, "steps": 100, "delta": 1e-5}
-    epsilon = privacy.epsilon_of(**base)
-    assert privacy.epsilon_of(**base | {"noise_multiplier": 1.2}) < epsilon
-    assert privacy.epsilon_of(**base | {"delta": 1e-4}) < epsilon
-    assert privacy.epsilon_of(**base | {"sampling_rate": 0.06}) > epsilon
-    assert privacy.epsilon_of(**base | {"steps": 120}) > epsilon
-    noise_of = functools.partial(privacy.noise_for, delta=1e-5, sampling_rate=0.05, steps=100)
+    epsilon = accountant.epsilon_of(**base)
+    assert accountant.epsilon_of(**base | {"noise_multiplier": 1.2}) < epsilon
+    assert accountant.epsilon_of(**base | {"delta": 1e-4}) < epsilon
+    assert accountant.epsilon_of(**base | {"sampling_rate": 0.06}) > epsilon
+    assert accountant.epsilon_of(**base | {"steps": 120}) > epsilon
+    noise_of = functools.partial(accountant.noise_for, delta=1e-5, sampling_rate=0.05, steps=100)
     multipliers = [noise_of(epsilon) for epsilon in (0.5, 2, 8)]
     assert multipliers == sorted(multipliers, reverse=True)
     for asked, multiplier in zip((0.5, 2, 8), multipliers):
-        assert 0.99 * asked < privacy.epsilon_of(multiplier, 0.05, 100, 1e-5) <= asked
+        assert 0.99 * asked < accountant.epsilon_of(multiplier, 0.05, 100, 1e-5) <= asked
 
 
-def promised(tmp_path, *flags, rows=(500, 800)):
+def promised(tmp_path, *flags, rows=(500, 500)):
     """The flags and the Guarantee of clients with so many rows."""
     args = main.parse_args(["--world_size", "2", *DP, *flags, "--output_dir", str(tmp_path)])
     parts = {"train": [list(range(count)) for count in rows]}
     (tmp_path / "parts.json").write_text(json.dumps(parts))
-    return args, privacy.promise(args, tmp_path)
+    return args, accountant.promise(args, tmp_path)
 
 
 def test_each_client_gets_the_noise_of_its_own_rows(tmp_path):
-    args, found = promised(tmp_path, "--gradient_accumulation_steps", "5", "--num_rounds", "4")
-    assert found.batch == 20 and found.sampling_rate == [20 / 500, 20 / 800] and found.steps == [32, 32]
-    assert found.noise_multiplier[0] > found.noise_multiplier[1]
-    for z, rate in zip(found.noise_multiplier, found.sampling_rate):
-        assert 7.9 < privacy.epsilon_of(z, rate, 32, 1e-5) <= 8
-    args, found = promised(tmp_path, "--num_rounds", "5", "--clients_per_round", "1", "--seed", "3")
+    more = ["--gradient_accumulation_steps", "25", "--num_rounds", "5", "--clients_per_round", "1", "--seed", "3"]
+    args, found = promised(tmp_path, *more, rows=(500, 800))
+    assert found.batch == 100 and found.sampling_rate == [100 / 500, 100 / 800]
     assert sum(found.steps) == 5 * 8 and found.steps[0] != found.steps[1]  # as often as each one plays
+    for z, rate, steps in zip(found.noise_multiplier, found.sampling_rate, found.steps):
+        assert 7.9 < accountant.epsilon_of(z, rate, steps, 1e-5) <= 8
+    assert found.noise_multiplier[0] != found.noise_multiplier[1]
     _, found = promised(tmp_path, "--aggregator", "dp_fedavg", "--num_clients", "8", "--clients_per_round", "2")
     assert found.unit == "one whole client" and found.sampling_rate == [0.25] * 8 and found.steps == [20] * 8
     args, found = promised(tmp_path, "--aggregator", "dp_fedavg")
-    assert found.noise_multiplier[0] == pytest.approx(privacy.noise_for(8, 1e-5, 1.0, 20))
-    assert privacy.describe_sampling(found) == "none, all take part"
+    assert found.noise_multiplier[0] == pytest.approx(accountant.noise_for(8, 1e-5, 1.0, 20))
+    assert accountant.describe_sampling(found) == "none, all take part"
     assert options.strategy_of(args, found).keywords["noise_multiplier"] == found.noise_multiplier[0]
 
 
@@ -303,18 +303,18 @@ def plan_of(*clients):
 
 def test_rounds_that_are_played_again_count_again(tmp_path):
     args, found = promised(tmp_path, "--num_rounds", "3")
-    comm, ledger = Communicator(0, 1), privacy.Ledger(args, found)
+    comm, ledger = Communicator(0, 1), accountant.Ledger(args, found)
     assert ledger.epsilon() == 0
     for number in (1, 2, 3):
         ledger.commit(comm, number, plan_of(0, 1))
     assert ledger.epsilon() == pytest.approx(8, rel=1e-2)
-    (tmp_path / privacy.LEDGER).open("a").write('{"round": 4, "st')  # killed while it wrote: nothing had begun
-    again = privacy.Ledger(args, found)
+    (tmp_path / accountant.LEDGER).open("a").write('{"round": 4, "st')  # killed while it wrote: nothing had begun
+    again = accountant.Ledger(args, found)
     assert again.steps == ledger.steps == {0: 24, 1: 24}
     again.commit(comm, 3, plan_of(0))
-    third = privacy.Ledger(args, found)
+    third = accountant.Ledger(args, found)
     assert third.steps == {0: 32, 1: 24} and third.epsilon() > 8.3
-    assert third.epsilon() == privacy.epsilon_of(found.noise_multiplier[0], found.sampling_rate[0], 32, 1e-5)
+    assert third.epsilon() == accountant.epsilon_of(found.noise_multiplier[0], found.sampling_rate[0], 32, 1e-5)
     before = third.spent()
     third.commit(comm, 4, plan_of(0, 1))
     assert before() < third.epsilon()
@@ -324,10 +324,10 @@ def test_a_ledger_that_is_gone_is_missed(tmp_path, refused):
     args, found = promised(tmp_path)
     (tmp_path / "rounds.jsonl").write_text('{"round": 1}\n{"round": 2}\n')
     with pytest.raises(SystemExit):
-        privacy.promise(args, tmp_path, tmp_path / "round_00002")
+        accountant.promise(args, tmp_path, tmp_path / "round_00002")
     for number in (1, 2):
-        privacy.Ledger(args, found).commit(Communicator(0, 1), number, plan_of(0, 1))
-    assert privacy.promise(args, tmp_path, tmp_path / "round_00002") == found
+        accountant.Ledger(args, found).commit(Communicator(0, 1), number, plan_of(0, 1))
+    assert accountant.promise(args, tmp_path, tmp_path / "round_00002") == found
 
 
 # -----------------------------------------------------------------------------
@@ -356,16 +356,16 @@ def test_a_kill_between_the_update_and_the_commit_costs_epsilon(run_here, tmp_pa
     killed = functools.partial(troubled_rank, "killed in a collective", 1)
     code, _ = run_here(SMALL, target=killed)
     assert code == 1
-    ledger = [entry["round"] for entry in privacy.read_ledger(tmp_path)]
+    ledger = [entry["round"] for entry in accountant.read_ledger(tmp_path)]
     assert ledger == [1, 2] and [entry["round"] for entry in runlog.read_rounds(tmp_path)] == [1]
     assert run_here(f"{SMALL} --resume")[0] == 0
     summary = json.loads((tmp_path / "summary.json").read_text())["privacy"]
     assert summary["steps"] == 5 * 2 and summary["epsilon_asked"] == 8 < summary["epsilon"]
     rates, multipliers = summary["sampling_rate"], summary["noise_multiplier"]
-    assert summary["epsilon"] == pytest.approx(privacy.epsilon_of(multipliers, rates, 10, 1e-5))
-    assert [entry["round"] for entry in privacy.read_ledger(tmp_path)] == [1, 2, 2, 3, 4]
+    assert summary["epsilon"] == pytest.approx(accountant.epsilon_of(multipliers, rates, 10, 1e-5))
+    assert [entry["round"] for entry in accountant.read_ledger(tmp_path)] == [1, 2, 2, 3, 4]
     epsilons = [entry["epsilon"] for entry in runlog.read_rounds(tmp_path)]
-    assert epsilons[1] == pytest.approx(privacy.epsilon_of(multipliers, rates, 6, 1e-5))  # not that of 2 rounds
+    assert epsilons[1] == pytest.approx(accountant.epsilon_of(multipliers, rates, 6, 1e-5))  # not that of 2 rounds
 
 
 @pytest.mark.slow
@@ -378,7 +378,7 @@ def test_clients_by_poisson_sampling_with_empty_rounds_killed_and_resumed(run_he
     rounds, summary = runlog.read_rounds(tmp_path), json.loads((tmp_path / "summary.json").read_text())["privacy"]
     assert [entry["round"] for entry in rounds] == list(range(1, 13))
     assert len({len(entry["clients"]) for entry in rounds}) > 1
-    assert summary["steps"] == len(privacy.read_ledger(tmp_path)) == 12 + bool(code)
+    assert summary["steps"] == len(accountant.read_ledger(tmp_path)) == 12 + bool(code)
     assert summary["unit"] == "one whole client" and summary["sampling_rate"] == pytest.approx(1 / 3)
 
 
@@ -394,16 +394,27 @@ def test_clients_by_poisson_sampling_with_empty_rounds_killed_and_resumed(run_he
         ("--average_dtype int8", "--average_dtype int8 keeps residuals"),
         ("--torch_compile", "--torch_compile"),
         ("--dp_epsilon 1e6", "promises nothing"),
-        ("--dp_delta 0.1", "must be below 1 /"),
         ("--num_clients 40", "and needs 100"),
-        ("--per_device_train_batch_size 4000", "lower the batch size"),
-        ("--dp_epsilon 0.01", "cannot buy it in 160 steps of 4"),
         ("--aggregator dp_fedavg --on_bad_update fail", "--on_bad_update fail"),
         ("--aggregator dp_fedavg --lora_variant fedsa", "fedsa"),
     ],
 )
 def test_what_would_break_the_guarantee_is_refused(refused, flags, text):
-    line = refused("--dp_epsilon", "8", "--world_size", "2", *flags.split())
+    assert text in refused("--dp_epsilon", "8", "--world_size", "2", *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("--dp_delta 0.1", "must be below 1 /"),
+        ("--per_device_train_batch_size 400", "lower the batch size"),
+        ("--dp_epsilon 0.01", "300 rows of client 0 cannot buy it in 160 steps of 4"),
+    ],
+)
+def test_what_the_rows_cannot_give_is_refused(tmp_path, capsys, flags, text):
+    with pytest.raises(SystemExit):
+        promised(tmp_path, *flags.split(), rows=(300, 300))
+    line = capsys.readouterr().err
     assert text in line
     if "buy" in line:  # and says what would
         assert "rows could" in line and "can buy epsilon" in line
@@ -417,15 +428,15 @@ def test_flags_of_privacy_alone(refused):
 
 def test_what_is_said_at_the_start(tmp_path):
     args, found = promised(tmp_path, "--lora_variant", "lora")
-    lines = "\n".join(privacy.describe_promise(args, found, 10_000))
+    lines = "\n".join(accountant.describe_promise(args, found, 10_000))
     ratio = max(found.noise_multiplier) * 100 / 4
     assert f"{ratio:.3g} times as long" in lines and "--lora_variant ffa" in lines
     assert "one row of one client" in lines and "add or remove" in lines and "not covered: losses" in lines
     args, found = promised(tmp_path, "--aggregator", "dp_fedavg", "--num_clients", "8")
     warned = []
-    log = SimpleNamespace(say=lambda text: None, warn=warned.append)
-    ledger = privacy.Ledger(args, found)
-    privacy.announce(args, log, ledger, [plan_of(0)] * 20, 163_840)
+    log = SimpleNamespace(is_writer=True, say=lambda text: None, warn=warned.append)
+    ledger = accountant.Ledger(args, found)
+    accountant.announce(args, log, ledger, [plan_of(0)] * 20, 163_840)
     assert len(warned) == 1 and "times as long as the largest possible mean update" in warned[0]
-    privacy.announce(args, log, ledger, [plan_of(0)] * 25, 163_840)  # as after a kill
+    accountant.announce(args, log, ledger, [plan_of(0)] * 25, 163_840)  # as after a kill
     assert "rounds are played again, and count again: epsilon will be" in warned[2]

@@ -98,6 +98,7 @@ def test_flags_exist():
             main.parse_args(shlex.split(command))
     known = {"help"} | set(vars(main.parse_args([]))) | set(vars(get_args_parser().parse_args(["main.py"])))
     known.add("shutdown-timeout")  # of torchrun, which has it as shutdown_timeout
+    known |= {"rows", "folder"}  # of assets/make_sample_squad.py
     for text in TEXTS:
         assert set(re.findall(r"--([a-z0-9_-]+[a-z0-9])", re.sub("#SBATCH.*", "", text))) <= known
 
