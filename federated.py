@@ -16,24 +16,12 @@ import torch
 import torch.distributed as dist
 
 import utils
-from fllama import (
-    accountant,
-    audit,
-    checkpoints,
-    data,
-    evaluate,
-    launch,
-    options,
-    privacy,
-    publish,
-    report,
-    runlog,
-    selfcheck,
-    terminal,
-)
+from fllama import audit, checkpoints, data, evaluate, launch, options, privacy, publish, report, runlog, selfcheck
+from fllama.accountant import Ledger, announce
 from fllama.clients import LocalClients
 from fllama.collectives import Communicator, load_vector
 from fllama.model import build_optimizer, build_trainer, load_model, load_tokenizer, lora_parameters, silence_libraries
+from fllama.terminal import forgive_readers
 
 NO_TENSOR = "nothing"  # in no tensor's name
 BAD_RATIO = 1000  # an update longer than so many times the median of its round is rejected
@@ -62,8 +50,8 @@ def local_train(rank, args, run):
         server.scores_before = evaluate.score_before(args, comm, trainer, rows)
     log = runlog.RunLog(rank, args, rows, server.rounds_done)
     if run.guarantee:
-        ledger = accountant.Ledger(args, run.guarantee)
-        accountant.announce(args, log, ledger, rows.plan[server.rounds_done :], count_trained(args, model))
+        ledger = Ledger(args, run.guarantee)
+        announce(args, log, ledger, rows.plan[server.rounds_done :], count_trained(args, model))
     first_round = server.rounds_done + 1
     # what all ranks must agree on: all of LoRA; after a resume only the shared part, as each client has its own rest
     start = server.start if run.checkpoint else utils.flatten_parameters(lora)
@@ -72,10 +60,8 @@ def local_train(rank, args, run):
     )  # after the last round, nothing is left to learn
     selfcheck.before_training(comm, log, trainer, start, first_rate, rows, bool(run.checkpoint) or private_by_row)
     measured = selfcheck.measured_parameters(lora, max(1, len(rows.plan[0].clients())))
-    strategy, alternates = (
-        options.strategy_of(args, run.guarantee),
-        len(variant_of(args)) > 1,
-    )  # RoLoRA: B and A in turn
+    strategy = options.strategy_of(args, run.guarantee)
+    alternates = len(variant_of(args)) > 1  # RoLoRA trains B and A in turn
     stop_request = launch.StopRequest(announcement(rank, args, run))  # Ctrl-C and SIGTERM
     number, ended = server.rounds_done, ""
 
@@ -93,14 +79,13 @@ def local_train(rank, args, run):
         turns = []
         for client in plan.shares[rank]:
             turn = clients.begin_turn(client, rows.num_train[client], parameters, server.start)
-            if private_by_row:
+            if private_by_row:  # drawn anew for each step
                 steps = privacy.draw_steps(args, run.guarantee, client, rows.own[client])
                 turn.rows_read = sum(steps, [])
                 sequences = rows.sequences.select(turn.rows_read)
                 batches = privacy.private_steps(args, run.guarantee, client, steps, rows.sequences, trainer)
             else:
-                turn.rows_read = rows.rows_of_turn(client, number)
-                sequences = rows.sequences.select(turn.rows_read)
+                turn.rows_read, sequences = rows.rows_of_turn(client, number), rows.sequences_of_turn(client, number)
                 batches = data.read_batches(sequences, trainer)
             turn.tokens = data.count_tokens(sequences)
             local_steps(
@@ -139,9 +124,8 @@ def local_train(rank, args, run):
         seconds["average"] = log.lap()
 
         # 3. now and then: evaluate, log, save (all ranks participate)
-        error = (
-            selfcheck.aggregation_error(comm, good, measured) if evaluating and not private and plan.clients() else None
-        )
+        measuring = evaluating and not private and plan.clients()  # dp_fedavg may draw nobody
+        error = selfcheck.aggregation_error(comm, good, measured) if measuring else None
         global_loss = evaluate.evaluate_round(trainer, rows, turns, clients) if evaluating else None
         own_report = runlog.RankReport(
             turns=[turn.report() for turn in turns],
@@ -195,7 +179,7 @@ def local_train(rank, args, run):
 def join_ranks(rank, args, run):
     """Join the other ranks; returns the Communicator. torchrun's ranks have met before."""
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # a line is to be seen when its round ends
-    terminal.forgive_readers()
+    forgive_readers()
     silence_libraries()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # whatever the number of ranks: with more threads, sums are rounded otherwise

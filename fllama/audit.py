@@ -187,40 +187,50 @@ def gather(parts):
 
 def describe(args, made, losses, exposures):
     """Return the audit, of {model: {canary: loss}} and {canary: exposure}; see `audit`."""
-    before, delta = losses.pop("before"), args.dp_delta or DELTA
-    own, others, each = {}, {}, []
+    before, delta, each = losses.pop("before"), args.dp_delta or DELTA, []
     for i, (client, inserted) in enumerate(zip(made["clients"], made["inserted"])):
-        holder = "shared" if "shared" in losses else 0 if args.centralized else client
-        if holder not in losses:  # it has never played, and has no model
+        own, others = models_of(args, losses, client)
+        if own not in losses:  # it has never played, and has no model
             continue
-        own[i] = before[i] - losses[holder][i]
-        elsewhere = [model for model in losses if model != holder or holder == "shared"]
-        if elsewhere:
-            others[i] = before[i] - sum(losses[model][i] for model in elsewhere) / len(elsewhere)
-        loss = {"loss_before": before[i], "loss": losses[holder][i], "exposure": exposures[i]}
-        each.append({"client": client, "inserted": inserted} | loss)
+        canary = {"client": client, "inserted": inserted, "loss_before": before[i], "loss": losses[own][i]}
+        canary |= {"exposure": exposures[i], "lowered": before[i] - losses[own][i], "lowered_elsewhere": None}
+        if others:
+            elsewhere = sum(losses[model][i] for model in others) / len(others)
+            canary["lowered_elsewhere"] = before[i] - elsewhere
+        each.append(canary)
 
-    def figures(scores, client=None):
-        chosen = [i for i in scores if client in (None, made["clients"][i])]
-        inserted = np.array([made["inserted"][i] for i in chosen], dtype=bool)
-        return measure(np.array([scores[i] for i in chosen]), inserted, delta)
-
-    def exposure(client=None):
-        chosen = [canary for canary in each if client in (None, canary["client"])]
-        means = {"most": float(np.log2(REFERENCES + 1))}
-        for name, inserted in (("inserted", True), ("held_out", False)):
-            means[name] = mean([canary["exposure"] for canary in chosen if canary["inserted"] == inserted])
-        return means
-
-    played = sorted({canary["client"] for canary in each})
-    found = {"canaries": len(each)} | figures(own) | {"delta": delta, "exposure": exposure()}
-    found["per_client"] = {client: figures(own, client) | {"exposure": exposure(client)} for client in played}
-    found["across_clients"] = {client: figures(others, client) for client in played if others}
+    found = {"canaries": len(each)} | figures(each, "lowered", delta)
+    found |= {"delta": delta, "exposure": exposures_of(each), "per_client": {}, "across_clients": {}}
+    for client in sorted({canary["client"] for canary in each}):
+        own = [canary for canary in each if canary["client"] == client]
+        found["per_client"][client] = figures(own, "lowered", delta) | {"exposure": exposures_of(own)}
+        if own[0]["lowered_elsewhere"] is not None:
+            found["across_clients"][client] = figures(own, "lowered_elsewhere", delta)
     return found | {"each": each}
 
 
-def mean(values):
-    return sum(values) / len(values) if values else None
+def models_of(args, losses, client):
+    """Return (the model that a client holds, the models that others hold); all hold the shared one."""
+    if "shared" in losses:
+        return "shared", ["shared"]
+    own = 0 if args.centralized else client
+    return own, [model for model in losses if model != own]
+
+
+def figures(canaries, name, delta):
+    """Return AUC, its interval and the bound on epsilon, with the scores under `name`."""
+    scores = np.array([canary[name] for canary in canaries])
+    inserted = np.array([canary["inserted"] for canary in canaries], dtype=bool)
+    return measure(scores, inserted, delta)
+
+
+def exposures_of(canaries):
+    """Return the mean exposures of those that were trained on and of those held out, and the most that is measured."""
+    means = {"most": float(np.log2(REFERENCES + 1))}
+    for name, inserted in (("inserted", True), ("held_out", False)):
+        found = [canary["exposure"] for canary in canaries if canary["inserted"] == inserted]
+        means[name] = sum(found) / len(found) if found else None
+    return means
 
 
 def measure(scores, inserted, delta):
