@@ -15,6 +15,7 @@ from fllama.options import fail
 
 MIN_ROWS = 100  # of a client; with fewer, no noise leaves a gradient
 LEDGER = "privacy.jsonl"
+LEAST_NOISE = 0.1  # standard deviation, in clips
 INTERVAL = 1e-3  # of privacy losses, which are rounded up: epsilon errs on the high side, in its fourth digit
 RELATION = "add or remove one, counts are public"
 
@@ -64,14 +65,16 @@ def make_event(noise_multiplier, sampling_rate, steps):
 
 @functools.cache
 def noise_for(epsilon, delta, sampling_rate, steps):
-    """Return the least noise multiplier with which so many steps cost no more than (epsilon, delta)."""
+    """Return the least noise multiplier, from LEAST_NOISE, with which so many steps cost at most (epsilon, delta)."""
     import dp_accounting
 
     low = high = 1.0
     while epsilon_of(high, sampling_rate, steps, delta) > epsilon:
         low, high = high, 1.25 * high
     while epsilon_of(low, sampling_rate, steps, delta) <= epsilon:
-        low, high = low / 1.25, low
+        if low == LEAST_NOISE:  # few rows are drawn, and delta covers them
+            return LEAST_NOISE
+        low, high = max(LEAST_NOISE, low / 1.25), low
     bracket = dp_accounting.ExplicitBracketInterval(low, high)
     make = functools.partial(make_event, sampling_rate=sampling_rate, steps=steps)
     return dp_accounting.calibrate_dp_mechanism(make_accountant, make, epsilon, delta, bracket, tol=1e-3)

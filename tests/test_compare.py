@@ -120,6 +120,15 @@ def test_interval_of_many_pairs():
     assert compare.paired_difference(runs[:2], runs[:2], "x") is None
 
 
+def test_columns_of_privacy_are_there_if_a_run_has_them():
+    private = {"epsilon": 7.99, "audit_auc": 0.517, "epsilon_lower_bound": 0.0}
+    plain = comparison_tables(compare_rows(["a", "b"], [[row("a", 51), row("b", 50)]]))
+    assert "epsilon" not in plain and "AUC" not in plain
+    table = comparison_tables(compare_rows(["a", "b"], [[row("a", 51) | private, row("b", 50)]]))
+    assert "| epsilon | audit AUC | epsilon at least |" in table.splitlines()[0]
+    assert "7.99 |     0.517 |             0.00 |" in table and "-" in table.splitlines()[3]
+
+
 def test_table_of_clients_of_many_is_left_out():
     clients = [{"client": client, "exact_match": 50.0} for client in range(25)]
     rows = [row("a", 50) | {"runs": [{"clients": clients}]}]

@@ -269,6 +269,11 @@ def test_epsilon_and_noise_move_as_they_should():
         assert 0.99 * asked < accountant.epsilon_of(multiplier, 0.05, 100, 1e-5) <= asked
 
 
+def test_some_noise_is_always_added():
+    """A row of a million that is drawn once, if at all, hides behind delta."""
+    assert accountant.noise_for(8, 1e-5, 4e-6, 1) == accountant.LEAST_NOISE
+
+
 def promised(tmp_path, *flags, rows=(500, 500)):
     """The flags and the Guarantee of clients with so many rows."""
     args = main.parse_args(["--world_size", "2", *DP, *flags, "--output_dir", str(tmp_path)])
