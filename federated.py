@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 
 import utils
-from fllama import checkpoints, data, evaluate, launch, options, publish, report, runlog, selfcheck, terminal
+from fllama import audit, checkpoints, data, evaluate, launch, options, privacy, publish, report, runlog, selfcheck
+from fllama.accountant import Ledger, announce
 from fllama.clients import LocalClients
 from fllama.collectives import Communicator, load_vector
 from fllama.model import build_optimizer, build_trainer, load_model, load_tokenizer, lora_parameters, silence_libraries
+from fllama.terminal import forgive_readers
 
 NO_TENSOR = "nothing"  # in no tensor's name
 BAD_RATIO = 1000  # an update longer than so many times the median of its round is rejected
@@ -33,26 +35,33 @@ def local_train(rank, args, run):
     """
     device = torch.device("cuda", 0) if run.num_gpus else torch.device("cpu")
     comm = join_ranks(rank, args, run)
-    rows = data.load_client_data(rank, args, run)
+    rows = data.load_client_data(rank, args, run, privacy.draw_clients(args, run, comm))
     model, tokenizer = load_model(args, run.model_path, device), load_tokenizer(run.model_path)
     trainer = build_trainer(args, run, device, model, tokenizer)  # a toolbox: its train() is never called
     learning_rate_at = build_optimizer(args, trainer)  # (round, local step) -> rate; sets trainer.optimizer
     lora, private = lora_parameters(model), private_parameters(args, model)
     server, clients = start_or_resume(args, run, comm, trainer, rows, lora, private)
+    private_by_row, ledger = options.private_by_row(args), None
+    if private_by_row:
+        privacy.watch_rows(model)
     if rank == 0 and not args.quiet:
         report.print_header(args, run, rows, server, clients, model.get_memory_footprint())
     if not run.checkpoint:
         server.scores_before = evaluate.score_before(args, comm, trainer, rows)
     log = runlog.RunLog(rank, args, rows, server.rounds_done)
+    if run.guarantee:
+        ledger = Ledger(args, run.guarantee)
+        announce(args, log, ledger, rows.plan[server.rounds_done :], count_trained(args, model))
     first_round = server.rounds_done + 1
     # what all ranks must agree on: all of LoRA; after a resume only the shared part, as each client has its own rest
     start = server.start if run.checkpoint else utils.flatten_parameters(lora)
     first_rate = learning_rate_at(
         min(first_round, args.num_rounds), 0
     )  # after the last round, nothing is left to learn
-    selfcheck.before_training(comm, log, trainer, start, first_rate, rows, bool(run.checkpoint))
-    measured = selfcheck.measured_parameters(lora, len(rows.plan[0].clients()))
-    strategy, alternates = options.strategy_of(args), len(variant_of(args)) > 1  # RoLoRA trains B and A in turn
+    selfcheck.before_training(comm, log, trainer, start, first_rate, rows, bool(run.checkpoint) or private_by_row)
+    measured = selfcheck.measured_parameters(lora, max(1, len(rows.plan[0].clients())))
+    strategy = options.strategy_of(args, run.guarantee)
+    alternates = len(variant_of(args)) > 1  # RoLoRA trains B and A in turn
     stop_request = launch.StopRequest(announcement(rank, args, run))  # Ctrl-C and SIGTERM
     number, ended = server.rounds_done, ""
 
@@ -63,14 +72,22 @@ def local_train(rank, args, run):
         if number == first_round or alternates:
             parameters = train_parts(model, trained, shared)
         clients.move(plan.moves, comm)  # to the ranks that play them now
+        if ledger:
+            ledger.commit(comm, number, plan)  # what is about to leave the clients is spent, whatever happens now
 
         # 1. local training: this rank plays its clients in turn, and talks to nobody
         turns = []
         for client in plan.shares[rank]:
             turn = clients.begin_turn(client, rows.num_train[client], parameters, server.start)
-            sequences = rows.sequences_of_turn(client, number)
-            turn.tokens, turn.rows_read = data.count_tokens(sequences), rows.rows_of_turn(client, number)
-            batches = data.read_batches(sequences, trainer)
+            if private_by_row:  # drawn anew for each step
+                steps = privacy.draw_steps(args, run.guarantee, client, rows.own[client])
+                turn.rows_read = sum(steps, [])
+                sequences = rows.sequences.select(turn.rows_read)
+                batches = privacy.private_steps(args, run.guarantee, client, steps, rows.sequences, trainer)
+            else:
+                turn.rows_read, sequences = rows.rows_of_turn(client, number), rows.sequences_of_turn(client, number)
+                batches = data.read_batches(sequences, trainer)
+            turn.tokens = data.count_tokens(sequences)
             loss = local_steps(
                 args, trainer, batches, parameters, server, clients.state_of(client), turn, number, learning_rate_at
             )
@@ -90,7 +107,7 @@ def local_train(rank, args, run):
         norms = comm.meet({turn.client: turn.norm for turn in turns})  # waits for the slowest rank
         seconds = {"local": log.lap()}
         rejected = reject_bad_updates(args, log, number, norms)
-        if len(rejected) == len(plan.clients()):
+        if rejected and len(rejected) == len(plan.clients()):
             ended = f"round {number}: the update of every client is not finite; lower --learning_rate"
             utils.unflatten_parameters(parameters, server.start)
             undo_rejected(clients, turns, rejected)
@@ -107,7 +124,8 @@ def local_train(rank, args, run):
         seconds["average"] = log.lap()
 
         # 3. now and then: evaluate, log, save (all ranks participate)
-        error = selfcheck.aggregation_error(comm, good, measured) if evaluating and not private else None
+        measuring = evaluating and not private and plan.clients()  # dp_fedavg may draw nobody
+        error = selfcheck.aggregation_error(comm, good, measured) if measuring else None
         global_loss = evaluate.evaluate_round(trainer, rows, turns, clients) if evaluating else None
         own_report = runlog.RankReport(
             turns=[turn.report() for turn in turns],
@@ -133,7 +151,7 @@ def local_train(rank, args, run):
             files = checkpoints.write_checkpoint(args.output_dir, server, lora, clients, comm)
         seconds["save"] = log.lap()
         rate = learning_rate_at(number, args.local_steps - 1)
-        log.round(number, rate, reports, rejected, update_norm, error, seconds, averaged)
+        log.round(number, rate, reports, rejected, update_norm, error, seconds, averaged, ledger and ledger.spent())
         if saving or asked:
             log.wait()  # a checkpoint has every round before it in the logs
             checkpoints.commit_checkpoint(args.output_dir, server.rounds_done, files, comm)
@@ -146,7 +164,8 @@ def local_train(rank, args, run):
     log.close()
     last_clients = rows.plan[number - 1].shares[rank]
     results = evaluate.score_clients(args, comm, trainer, rows, last_clients, clients)
-    publish.publish(args, run, comm, trainer, rows, server, clients, *results)
+    audited = audit.audit(args, run, comm, trainer, clients)
+    publish.publish(args, run, comm, trainer, rows, server, clients, *results, audited, ledger)
     comm.meet()  # nobody leaves before it is there
     dist.destroy_process_group()
     if ended:
@@ -160,7 +179,7 @@ def local_train(rank, args, run):
 def join_ranks(rank, args, run):
     """Join the other ranks; returns the Communicator. torchrun's ranks have met before."""
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # a line is to be seen when its round ends
-    terminal.forgive_readers()
+    forgive_readers()
     silence_libraries()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # whatever the number of ranks: with more threads, sums are rounded otherwise
@@ -227,6 +246,12 @@ def train_parts(model, trained, shared):
     return utils.shared_parameters(model, shared)
 
 
+def count_trained(args, model):
+    """Return how many numbers a client trains in a round."""
+    trained, _ = parts_of_round(args, 1)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if trained in name)
+
+
 def private_parameters(args, model):
     """Return the parameters that stay with their client: FedSA's B, or all; then every client has its own model."""
     trained, shared = variant_of(args)[0]
@@ -252,10 +277,13 @@ def local_steps(args, trainer, batches, parameters, server, client_state, turn, 
 
     for step in range(args.local_steps):
         # forward and backward, summed over the micro-batches; the loss's gradient is clipped before the terms below
-        samples, num_tokens = trainer.get_batch_samples(batches, args.gradient_accumulation_steps, loss.device)
-        for sample in samples:
-            loss += trainer.training_step(trainer.model_wrapped, sample, num_tokens)
-        accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+        if options.private_by_row(args):  # the gradient of each row for itself, and noise: all that follows is private
+            loss += privacy.noisy_gradient(trainer, batches)
+        else:
+            samples, num_tokens = trainer.get_batch_samples(batches, args.gradient_accumulation_steps, loss.device)
+            for sample in samples:
+                loss += trainer.training_step(trainer.model_wrapped, sample, num_tokens)
+            accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
         # FedProx, Li et al. 2020 (arXiv:1812.06127): the gradient of mu/2 ||w - start||^2
         if args.prox_mu:
             for parameter, anchor in zip(parameters, anchors):
@@ -314,7 +342,7 @@ def reject_bad_updates(args, log, number, norms):
     norm_of_client = {}
     for part in norms:
         norm_of_client |= part
-    rejected = find_bad_updates(norm_of_client)
+    rejected = find_bad_updates(norm_of_client, by_median=args.aggregator != "dp_fedavg")  # it looks at all clients
     for client, problem in rejected.items():
         if args.on_bad_update == "fail":
             log.wait()
@@ -324,10 +352,11 @@ def reject_bad_updates(args, log, number, norms):
     return rejected
 
 
-def find_bad_updates(norms):
+def find_bad_updates(norms, by_median=True):
     """Return {client: what is wrong} of the updates that would spoil an average, by their norms, {client: norm}.
 
-    Those that are NaN or infinite, or longer than BAD_RATIO times the median (the lower one of an even number).
+    Those that are NaN or infinite, or, `by_median`, longer than BAD_RATIO times the median (the lower one of an even
+    number).
     """
     finite = [norm for norm in norms.values() if math.isfinite(norm)]
     median = statistics.median_low(finite or [0])
@@ -335,7 +364,7 @@ def find_bad_updates(norms):
     for client, norm in sorted(norms.items()):
         if not math.isfinite(norm):
             bad[client] = "not finite"
-        elif norm > BAD_RATIO * median > 0:
+        elif by_median and norm > BAD_RATIO * median > 0:
             bad[client] = f"{norm / median:,.0f} times as long as the median"
     return bad
 

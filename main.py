@@ -31,7 +31,20 @@ from pathlib import Path
 import datasets
 
 import utils
-from fllama import checkpoints, compare, estimate, gpus, launch, machines, options, prepare, report, sources, use
+from fllama import (
+    accountant,
+    checkpoints,
+    compare,
+    estimate,
+    gpus,
+    launch,
+    machines,
+    options,
+    prepare,
+    report,
+    sources,
+    use,
+)
 from fllama.options import columns, fraction, not_negative, not_negative_int, positive, seed
 
 SCHEDULES = ["cosine", "linear", "constant", "constant_with_warmup"]
@@ -107,6 +120,12 @@ def parse_args(argv=None):
         "of each client, held out for the end; 0: a tenth, 16 to 128 (default: of --compare; else a tenth, 1 to 16)"
     )
     add("--own_eval_rows", type=not_negative_int, help=own_rows)
+
+    add = parser.add_argument_group("privacy (docs/privacy.md)").add_argument
+    add("--canaries", type=not_negative_int, default=0, help="made-up rows for each client, to measure what leaks")
+    add("--dp_epsilon", type=positive(float), help="differential privacy of each row (of each client with dp_fedavg)")
+    add("--dp_delta", type=fraction, help="chance that it fails, below 1 / rows (default: 1e-5)")
+    add("--dp_clip_norm", type=positive(float), help="longest gradient of a row, or update of a client (default: 1)")
 
     add = parser.add_argument_group("local training").add_argument
     add("--per_device_train_batch_size", type=positive(int), default=4, help="rows of a client in one forward pass")
@@ -230,6 +249,7 @@ def prepared_run(args, command):
         partition, data_digest = prepare.prepare_data(
             args, source, form, tokenizer, model_config.vocab_size, folder, started
         )
+        guarantee = accountant.promise(args, f"{folder}/data", checkpoint)
         prepare.check_space(args, model_config)
         use.make_repository(args)
         checkpoints.open_output_dir(args, checkpoint, config | {"data_digest": data_digest}, partition)
@@ -243,6 +263,7 @@ def prepared_run(args, command):
             num_gpus=num_gpus,
             command=command,
             versions=versions,
+            guarantee=guarantee,
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from fllama import flexlora
+from fllama import flexlora, noise
 from fllama.collectives import Clients, Communicator, Update
 
 # -----------------------------------------------------------------------------
@@ -168,6 +168,23 @@ def svd(clients, state):
     return clients.join(torch.cat(factors) - start, sizes)
 
 
+def dp_fedavg(clients, state, dp_clip_norm=1.0, noise_multiplier=1.0, clients_per_round=1):
+    """Sum of the clipped updates, plus Gaussian noise, divided by the expected number of clients.
+
+    DP-FedAvg, McMahan et al. 2018 (arXiv:1710.06963): hides whether a whole client took part. Every client weighs the
+    same and is drawn independently, so a round may be empty: then it is noise alone. Rank 0 draws the noise for all.
+    """
+
+    def clipped(client):
+        norm = torch.linalg.vector_norm(client.update, dtype=torch.float64).item()
+        return client.update * min(1.0, dp_clip_norm / max(norm, 1e-12))
+
+    total = clients.sum(clipped)
+    secret = noise.gaussian(total, noise.secret_generator(total.device))
+    clients.comm.broadcast(secret)
+    return (total + noise_multiplier * dp_clip_norm * secret) / clients_per_round
+
+
 def none(clients, state):
     """No averaging: every client trains alone and shares nothing, so P is 0."""
     return torch.zeros_like(clients.start)
@@ -186,6 +203,7 @@ AGGREGATORS = {
     "trimmed_mean": trimmed_mean,
     "krum": krum,
     "svd": svd,
+    "dp_fedavg": dp_fedavg,
     "none": none,
 }
 
@@ -370,16 +388,19 @@ class Round(NamedTuple):
         return sorted(client for share in self.shares for client in share)
 
 
-def plan_rounds(num_clients, clients_per_round, num_rounds, world_size, seed, machine_of_rank=None):
+def plan_rounds(num_clients, clients_per_round, num_rounds, world_size, seed, machine_of_rank=None, drawn_before=None):
     """Draw the clients of every round, and deal them out to the ranks; the draw does not depend on `world_size`.
 
     Ranks play as many clients as each other, or one more. A client stays with its rank if there is room, else on its
-    machine: machine_of_rank[rank] numbers these. Returns one Round per round.
+    machine: machine_of_rank[rank] numbers these. `drawn_before` are the clients of every round if they were drawn
+    elsewhere. Returns one Round per round.
     """
     machine_of_rank = machine_of_rank or [0] * world_size
     rank_of_client, plan = {}, []
     for number in range(1, num_rounds + 1):
         drawn = np.random.default_rng([seed, number]).choice(num_clients, clients_per_round, replace=False)
+        if drawn_before is not None:
+            drawn = np.array(drawn_before[number - 1], dtype=int)
         sizes = [len(part) for part in np.array_split(drawn, world_size)]
         shares, moves, unplaced = [[] for _ in sizes], [], []
         for client in sorted(drawn.tolist()):

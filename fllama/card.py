@@ -4,7 +4,15 @@ from pathlib import Path
 
 import utils
 from fllama import options
-from fllama.report import SCORES, describe_draw, describe_local_terms, describe_precision, show_score
+from fllama.report import (
+    SCORES,
+    describe_audit,
+    describe_draw,
+    describe_guarantee,
+    describe_local_terms,
+    describe_precision,
+    show_score,
+)
 
 
 def model_card(args, run, summary):
@@ -48,11 +56,10 @@ A LoRA adapter (rank {args.lora_r}, alpha {args.lora_alpha:g}, on all linear lay
 
 Held-out loss {first} nats per answer token at the first evaluated round, {last} at the last. On the clients' own
 held-out rows: {describe_own_scores(summary["headline"][0], clients)}.
-
+{describe_privacy(summary)}
 ## Limits
 
-The clients were simulated on machines of one owner, so this says nothing about privacy: nothing was encrypted, no noise
-was added, and an adapter can learn rows by heart. It was trained to copy short answers from a text or to continue
+{describe_limits(summary)} It was trained to copy short answers from a text or to continue
 conversations like those in its data; it was not tested for anything else, nor for safety. One run, one seed.
 
 ## Use
@@ -87,6 +94,23 @@ python main.py --output_dir OUTPUT_DIR --merge
 python convert_hf_to_gguf.py OUTPUT_DIR/merged_model --outfile model.gguf
 ```
 """
+
+
+def describe_limits(summary):
+    """Return what the card may not promise about privacy."""
+    simulated = "The clients were simulated on machines of one owner"
+    if summary["privacy"]:
+        return f"""{simulated}, and nothing was encrypted. The noise covers the adapter alone,
+and nobody who has several rows."""
+    return f"""{simulated}, so this promises no privacy: nothing was encrypted, no noise was added,
+and an adapter can learn rows by heart."""
+
+
+def describe_privacy(summary):
+    """Return the section of what was measured and promised of privacy; nothing without either."""
+    promised, measured = describe_guarantee(summary["privacy"]), describe_audit(summary["audit"])
+    lines = [f"- {' '.join(line.split())}" for line in [" ".join(promised), *measured] if line]
+    return "\n".join(["", "## Privacy", "", *lines, ""]) if lines else ""
 
 
 def table_of_scores(summary):

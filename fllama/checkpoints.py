@@ -23,7 +23,7 @@ GLOBAL_MODEL, CLIENT_MODELS = "federated_global_model", "client_models"  # folde
 KEPT_CHECKPOINTS = 2
 FINISHED = "finished"  # instead of a checkpoint to go on from
 RUN_FILES = """checkpoints federated_global_model* client_models* client_*_loss.json global_eval_loss.json rounds.jsonl
-loss.png runs samples.json scores.json merged_model summary.json partition.json
+loss.png runs samples.json scores.json canaries.json privacy.jsonl merged_model summary.json partition.json
 config.json""".split()  # what --overwrite removes
 # flags that may change when a run is resumed, and flags that config.json does not hold
 NOT_MATHEMATICS = """output_dir eval_rounds save_rounds report_to restarts timeout backend num_gpus versions world_size

@@ -82,8 +82,11 @@ def share_of(rows, rank, world_size):
     return rows.select(range(rank, len(rows), world_size))
 
 
-def load_client_data(rank, args, run):
-    """Return the ClientData of one rank. No row is in two of its parts; every client reads only its own."""
+def load_client_data(rank, args, run, drawn=None):
+    """Return the ClientData of one rank. No row is in two of its parts; every client reads only its own.
+
+    `drawn` are the clients of every round if they were drawn elsewhere.
+    """
     data = datasets.load_from_disk(run.data_path)
     split = json.loads(Path(run.data_path, "parts.json").read_text(encoding="utf-8"))
     if "held_out" in data:
@@ -94,7 +97,9 @@ def load_client_data(rank, args, run):
     global_held_out = data["held_out" if "held_out" in data else "train"].select(global_numbers)
 
     clients, per_round = options.training_clients(args)
-    plan = utils.plan_rounds(clients, per_round, args.num_rounds, args.world_size, args.seed, run.machine_of_rank)
+    plan = utils.plan_rounds(
+        clients, per_round, args.num_rounds, args.world_size, args.seed, run.machine_of_rank, drawn
+    )
     turns_before, turns = {}, collections.Counter()
     for number, played in enumerate(plan, start=1):
         for client in played.clients():

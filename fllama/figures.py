@@ -22,6 +22,11 @@ LONG_ANSWERS = {  # of the table instead, where exact match says little
     "perplexity": ("perplexity", "{:.2f}"),
 }
 COSTS = {"tokens": ("tokens", "{:,.0f}"), "MB sent": ("bytes", "{:,.1f}"), "seconds": ("seconds", "{:,.0f}")}
+PRIVACY = {  # of the table of costs, too, where a run has it
+    "epsilon": ("epsilon", "{:.2f}"),
+    "audit AUC": ("audit_auc", "{:.3f}"),
+    "epsilon at least": ("epsilon_lower_bound", "{:.2f}"),
+}
 NAMES = {"exact_match": "exact match", "token_accuracy": "token accuracy", "eval_loss": "held-out loss"}
 UNITS = {"bytes": 1e-6}  # of the table, where they are not those of the row
 EDGE = " (edge)"
@@ -90,15 +95,18 @@ def notes_on_arms(comparison):
 
 def table_of_costs(rows):
     """Return the table of what each arm has sent and spent, with the values that a sweep has chosen for it."""
-    flags = swept_flags(rows)
-    lines = [["", *flags, *COSTS]]
+    flags, columns = swept_flags(rows), dict(COSTS)
+    for heading, (key, form) in PRIVACY.items():
+        if any(row.get(key) is not None for row in rows):
+            columns[heading] = key, form
+    lines = [["", *flags, *columns]]
     for row in rows:
         cells, chosen = [row["name"]], row.get("chosen") or {}
         for flag in flags:
             tried = [each[flag] for each in row.get("sweep", []) if flag in each]
             edge = EDGE if chosen.get(flag) in (min(tried, default=None), max(tried, default=None)) else ""
             cells.append(f"{chosen[flag]:g}{edge}" if flag in chosen else "-")
-        lines.append(cells + cells_of_row(row, COSTS))
+        lines.append(cells + cells_of_row(row, columns))
     return align(lines)
 
 

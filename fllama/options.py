@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import utils
@@ -26,6 +27,7 @@ COLUMN_NAMES = (
 )
 IN_THE_DATA = ("column", "folder", "file")  # partitions whose clients the data set names
 MAX_CLIENTS = 1000
+MAX_EPSILON = 100  # of differential privacy; above, e^epsilon promises nothing
 OPTIMIZER_BYTES = {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}  # of its state, per parameter; else 8
 
 
@@ -148,6 +150,7 @@ def complete(args, num_gpus):
             fail(f"--world_size {args.world_size}: torchrun has started {started} ranks; leave it out")
     check_strategy(args)
     check_kernels(args, num_gpus)
+    check_privacy(args, num_gpus)
     if args.partition == "column" and not args.partition_column:
         fail("--partition column makes a client of each value in a column: name it with --partition_column")
     if args.partition not in IN_THE_DATA:
@@ -254,14 +257,57 @@ def settings_of(aggregator):
     return {parameter.name: parameter.default for parameter in parameters[2:]}
 
 
-def strategy_of(args):
-    """Return the strategy of --aggregator with those of its settings that are flags: a function (clients, state)."""
+def strategy_of(args, guarantee=None):
+    """Return the strategy of --aggregator with those of its settings that are flags: a function (clients, state).
+
+    `guarantee` (accountant.Guarantee) has the noise that dp_fedavg needs.
+    """
     strategy = utils.AGGREGATORS[args.aggregator]
-    settings = {}
-    for name in list(inspect.signature(strategy).parameters)[2:]:
+    settings, names = {}, list(inspect.signature(strategy).parameters)[2:]
+    for name in names:
         if getattr(args, name, None) is not None:
             settings[name] = getattr(args, name)
+    if guarantee and "noise_multiplier" in names:
+        settings["noise_multiplier"] = guarantee.noise_multiplier[0]
     return functools.partial(strategy, **settings)
+
+
+def private_by_row(args):
+    """Whether the local steps are differentially private for each row; dp_fedavg is so for each client."""
+    return bool(args.dp_epsilon) and args.aggregator != "dp_fedavg"
+
+
+def check_privacy(args, num_gpus):
+    """Fill in the defaults of differential privacy, and refuse what would break the guarantee."""
+    if not args.dp_epsilon:
+        for name in ("dp_delta", "dp_clip_norm"):
+            if getattr(args, name) is not None:
+                fail(f"--{name} is of differential privacy; give --dp_epsilon, too, or leave it out")
+        if args.aggregator == "dp_fedavg":
+            fail("--aggregator dp_fedavg needs --dp_epsilon: how private each client is to be")
+        return
+    args.dp_delta, args.dp_clip_norm = args.dp_delta or 1e-5, args.dp_clip_norm or 1.0
+    if args.dp_epsilon > MAX_EPSILON:
+        fail(f"--dp_epsilon {args.dp_epsilon:g} promises nothing; give one up to {MAX_EPSILON}, or leave it out")
+    clipped = "--dp_epsilon"
+    if args.average_dtype != "float32":
+        fail(f"{clipped}: --average_dtype {args.average_dtype} keeps residuals that are not clipped; leave it out")
+    if args.scaffold:
+        fail(f"{clipped}: --scaffold keeps mean gradients that are not clipped; leave it out")
+    if args.aggregator == "dp_fedavg":
+        if args.lora_variant == "fedsa":
+            fail("--aggregator dp_fedavg covers what is shared, and fedsa keeps a half; choose another --lora_variant")
+        if args.on_bad_update == "fail":
+            fail("--aggregator dp_fedavg: --on_bad_update fail would tell of single clients; leave it out")
+        return
+    if args.packing:
+        fail(f"{clipped}: --packing puts several rows into one sequence, where none can be clipped alone; leave it out")
+    for name in ("torch_compile", "use_liger_kernel"):
+        if getattr(args, name):
+            fail(f"{clipped}: --{name} hides the gradients of single rows; leave it out")
+    half = args.torch_dtype == "float16"
+    if half or args.torch_dtype == "auto" and num_gpus and not torch.cuda.is_bf16_supported(including_emulation=False):
+        fail(f"{clipped}: float16 scales gradients by what it finds in them; give --torch_dtype bfloat16 or float32")
 
 
 def check_kernels(args, num_gpus):

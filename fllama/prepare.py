@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 
 import utils
-from fllama import basemodel, checkpoints, formats, options, sources, tokenizing
+from fllama import audit, basemodel, checkpoints, formats, options, sources, tokenizing
 from fllama.options import fail
 
 CLIENT_EVAL_ROWS = 16  # at most so many rows of each client are held out, and at most a tenth of its rows
@@ -35,6 +35,7 @@ class Run:
     num_gpus: int = 0  # of this machine
     command: str = ""  # for the model card
     versions: dict | None = None  # of Python and the libraries
+    guarantee: object = None  # accountant.Guarantee, with --dp_epsilon
 
     @property
     def by_torchrun(self):
@@ -150,8 +151,14 @@ def prepare_data(args, source, form, tokenizer, vocab_size, folder, started):
         splits["held_out"] = drop_known_rows(splits["held_out"], digests)
     if left < needed_rows(args.num_clients, has_held_out) or not all(map(len, splits.values())):
         fail(f"--max_length {args.max_length} cuts off too many answers: {left} training rows are left; raise it")
+    canaries = audit.make_canaries(args, form, tokenizer, started) if args.canaries else None
+    if canaries:  # behind all other rows: they are dealt out to nobody, and nobody is asked them
+        splits["train"] = datasets.concatenate_datasets([splits["train"], canaries.inserted_rows()])
+        splits["canaries"] = canaries.rows
     datasets.disable_progress_bars()
     datasets.DatasetDict(splits).save_to_disk(f"{folder}/data")
+    if canaries:
+        audit.save(canaries, f"{folder}/data")
 
     labels = names = None  # of the rows that are left, and of the clients
     values = source.clients
@@ -161,7 +168,7 @@ def prepare_data(args, source, form, tokenizer, vocab_size, folder, started):
         labels = [values[number] for number in kept["train"]]
         names = sorted(set(values)) if args.partition in options.IN_THE_DATA else None
     parts, global_part = deal_rows(args, left, has_held_out, labels, names)
-    write_parts(args, digests, parts, global_part, f"{folder}/data/parts.json")
+    write_parts(args, digests, parts, global_part, f"{folder}/data/parts.json", canaries)
     partition = describe_partition(args, parts, global_part, kept["train"], labels, names)
     return partition, digest_of_rows(f"{folder}/data")
 
@@ -290,11 +297,11 @@ def deal_rows(args, num_rows, has_held_out, labels, names):
     return parts, global_part
 
 
-def write_parts(args, digests, parts, global_part, path):
+def write_parts(args, digests, parts, global_part, path, canaries=None):
     """Write which rows each client trains on and holds out, and which are the global held-out ones.
 
     `digests` are those of the rows, see `row_digests`. Held-out rows that a client trains on, too (equal tokens), are
-    left out and counted.
+    left out and counted. Inserted canaries are trained on, and their numbers follow those of all other rows.
     """
     held_out, trained = [], []
     for part in parts:
@@ -310,6 +317,8 @@ def write_parts(args, digests, parts, global_part, path):
             group[:] = new
     if dropped:
         print(f"{dropped} rows to hold out are training rows, too, and left out", flush=True)
+    for client, part in enumerate(trained if canaries else []):
+        part += canaries.numbers_of(client, first=len(digests))
     if args.centralized:
         trained = [[row for part in trained for row in part]]
     # whose held-out rows are scored at the end: the clients of the last round, or what would be these

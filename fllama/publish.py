@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import utils
-from fllama import card, evaluate, report, runlog
+from fllama import audit, card, evaluate, report, runlog
 from fllama.checkpoints import CLIENT_MODELS, GLOBAL_MODEL
 from fllama.options import keeps_own_models
 
@@ -15,11 +15,14 @@ def folder_name(args):
     return CLIENT_MODELS if keeps_own_models(args) else GLOBAL_MODEL
 
 
-def publish(args, run, comm, trainer, rows, server, clients, answers, global_loss, scores, of_rows):
+def publish(
+    args, run, comm, trainer, rows, server, clients, answers, global_loss, scores, of_rows, audited=None, ledger=None
+):
     """Write what a run leaves behind; all ranks participate.
 
     `answers` are those to the held-out questions after training, `global_loss` the Loss on the held-out rows (None if
-    clients have models of their own), `scores` those of the clients of the last round, `of_rows` those of each row.
+    clients have models of their own), `scores` those of the clients of the last round, `of_rows` those of each row,
+    `audited` what audit.audit has found, `ledger` accountant.Ledger's.
     """
     model, tokenizer = trainer.model, trainer.processing_class
     target = Path(args.output_dir, folder_name(args))
@@ -44,12 +47,16 @@ def publish(args, run, comm, trainer, rows, server, clients, answers, global_los
     names = evaluate.headline(tokenizer, questions)
     both = {"before": before, "after": after}
     summary = report.summarize(rounds, rows.num_train, both, names, scores, len(questions))
+    summary["privacy"] = ledger and ledger.summarize()
+    summary["audit"] = audited and {name: value for name, value in audited.items() if name != "each"}
     samples = compare_samples(questions, server.scores_before["samples"], answers)
     folder = Path(args.output_dir)
     report.plot_losses(folder, rounds)
     if samples:
         utils.write_aside(folder / "samples.json", json.dumps(samples, indent=2) + "\n")
     utils.write_aside(folder / "scores.json", json.dumps(of_rows) + "\n")
+    if audited:
+        utils.write_aside(folder / audit.FILE, json.dumps(audited["each"], indent=2) + "\n")
     utils.write_aside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(card.model_card(args, run, summary), encoding="utf-8")

@@ -135,7 +135,7 @@ def round_line(args, entry):
     width = len(str(args.num_rounds))
     parts = [
         f"round {entry['round']:{width}}/{args.num_rounds}",
-        f"train {entry['train_loss']:.4f}",
+        f"train {entry['train_loss']:.4f}" if entry["train_loss"] is not None else "no client   ",
         f"eval {entry['eval_loss']:.4f}" if entry["eval_loss"] is not None else " " * 11,
         f"update {entry['update_norm']:.1e}",
         f"local {entry['seconds']['local']:.1f}s",
@@ -144,6 +144,8 @@ def round_line(args, entry):
     ]
     if entry["aggregation_error"] is not None:
         parts.append(f"aggregation error {100 * entry['aggregation_error']:.1f}%")
+    if entry.get("epsilon"):
+        parts.append(f"epsilon {entry['epsilon']:.2f}")
     return " | ".join(parts)
 
 
@@ -231,6 +233,8 @@ def summarize(rounds, num_train, scores, names, clients, num_questions):
         "per_client": clients,
         "rejected": sum(len(entry["rejected"]) for entry in rounds),
         "bytes": sum(entry["bytes"] for entry in rounds),
+        "privacy": None,
+        "audit": None,
         "bytes_per_round": max((entry["bytes"] for entry in rounds), default=0),
         "peak_memory_gb": max((entry["peak_memory_gb"] for entry in rounds), default=0),
     }
@@ -252,6 +256,8 @@ def print_summary(args, rounds, summary, samples, target):
         print(
             f"cut            {summary['cut']} of {summary['answered']} answers were longer than --max_new_tokens allows"
         )
+    for line in describe_guarantee(summary["privacy"]) + describe_audit(summary["audit"]):
+        print(line)
     first = summary["headline"][0]
     scored = [client for client in summary["per_client"] if client[first] is not None]
     if len(scored) > 1:
@@ -263,3 +269,31 @@ def print_summary(args, rounds, summary, samples, target):
         )
     folder = target / "client_N" if options.keeps_own_models(args) else args.output_dir
     print(f'use it: python main.py --output_dir {shlex.quote(str(folder))} --ask "..." --context "..."', flush=True)
+
+
+def describe_guarantee(privacy):
+    """Return what was promised and spent, as in summary.json, with all that gives the number its meaning."""
+    if not privacy:
+        return []
+    return [
+        f"privacy        epsilon {privacy['epsilon']:.2f} was spent at delta {privacy['delta']:g}, for "
+        f"{privacy['unit']} ({privacy['relation']})",
+        f"               sampling: {privacy['sampling']}; it covers the adapter, and no losses, scores, logs, nor "
+        "choices made by looking at them",
+    ]
+
+
+def describe_audit(audit):
+    """Return what an audit, as in summary.json, says in words: three lines; none without an audit."""
+    if not audit or audit["auc"] is None:
+        return []
+    low, high = audit["auc_interval"]
+    bound = f"{audit['epsilon_lower_bound']:.2f} at delta {audit['delta']:g}"
+    inserted, held_out, most = (audit["exposure"][name] for name in ("inserted", "held_out", "most"))
+    return [
+        f"audit          {audit['canaries']} canaries: those trained on are told apart from those it has not seen in "
+        f"{audit['auc']:.0%} of the cases ({low:.0%} to {high:.0%}); 50% is guessing",
+        f"exposure       {inserted:.1f} bits if trained on, {held_out:.1f} if not; 1.4 is guessing, and {most:.0f} the "
+        "most that is measured",
+        f"epsilon        at least {bound}, with 95% confidence, as this attack shows; a better one may show more",
+    ]

@@ -13,7 +13,7 @@ from fllama.gains import read_scores
 from fllama.spread import least, mean
 
 FIGURES = """eval_loss exact_match f1 token_accuracy rouge_l perplexity worst_client own_exact_match own_worst_client
-tokens bytes seconds""".split()  # of a row: means over its runs
+tokens bytes seconds epsilon audit_auc epsilon_lower_bound""".split()  # of a row: means over its runs
 
 # -----------------------------------------------------------------------------
 # a run
@@ -32,7 +32,7 @@ def comparison_row(name, folder):
     for client in clients:
         own.append(client["exact_match"])
         models.append(client.get("global", {}).get("exact_match", exact_match))
-    others = {}
+    audit, others = summary.get("audit") or {}, {}
     for key in ("rouge_l", "token_accuracy", "perplexity"):
         others[key] = summary.get(key, {}).get("after")
     return {
@@ -49,6 +49,9 @@ def comparison_row(name, folder):
         "bytes": summary["bytes"],
         "seconds": summary["seconds"]["local"] + summary["seconds"]["average"],
         "clients": clients,
+        "epsilon": (summary.get("privacy") or {}).get("epsilon"),
+        "audit_auc": audit.get("auc"),
+        "epsilon_lower_bound": audit.get("epsilon_lower_bound"),
     }
 
 

@@ -69,8 +69,11 @@ class RunLog:
         before, self.clock = self.clock, time.perf_counter()
         return round(self.clock - before, 4)
 
-    def round(self, number, rate, reports, rejected, update_norm, error, seconds, averaged):
-        """Log a round, from the reports of all ranks; `averaged` (P,) is the new shared vector."""
+    def round(self, number, rate, reports, rejected, update_norm, error, seconds, averaged, spent=None):
+        """Log a round, from the reports of all ranks; `averaged` (P,) is the new shared vector.
+
+        `spent` is a function that returns the epsilon that was spent so far; it takes some milliseconds.
+        """
         if not self.is_writer:
             return
         entry = round_entry(number, rate, reports, rejected, update_norm, error, seconds)
@@ -78,14 +81,15 @@ class RunLog:
         if self.tracker:
             self.tracker.log(curves_of(entry), step=number * self.args.local_steps)
         self.wait()
-        self.written = self.writer.submit(self.write_round, entry, start_copy(averaged), local_digests)
+        self.written = self.writer.submit(self.write_round, entry, start_copy(averaged), local_digests, spent)
 
-    def write_round(self, entry, averaged, local_digests):
+    def write_round(self, entry, averaged, local_digests, spent=None):
         vector, copied = averaged
         if copied:
             copied.synchronize()
         digests = [digest(vector), *local_digests]
         entry["digest"] = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        entry["epsilon"] = spent() if spent else None
         folder = Path(self.args.output_dir)
         for name, loss in losses_of(entry):
             utils.append_loss_to_file(folder / name, loss)
@@ -130,11 +134,11 @@ def round_entry(number, rate, reports, rejected, update_norm, error, seconds):
     drift = {}
     for each in reports:
         drift |= each.drift
-    evaluated = turns[0].eval_loss is not None
+    evaluated = reports[0].global_loss is not None or any(turn.eval_loss is not None for turn in turns)
     eval_losses = [turn.eval_loss.mean() for turn in turns] if evaluated else None
     return {
         "round": number,
-        "train_loss": sum(turn.train_loss for turn in good) / len(good),
+        "train_loss": sum(turn.train_loss for turn in good) / len(good) if good else None,
         "eval_loss": global_loss(reports, good) if evaluated else None,
         "learning_rate": rate,
         "clients": [turn.client for turn in turns],
@@ -142,7 +146,7 @@ def round_entry(number, rate, reports, rejected, update_norm, error, seconds):
         "weights": [turn.weight for turn in turns],
         "client_train_loss": [turn.train_loss for turn in turns],
         "client_eval_loss": eval_losses,
-        "drift": sum(drift.values()) / len(good),
+        "drift": sum(drift.values()) / max(1, len(good)),
         "client_drift": [drift.get(turn.client) for turn in turns],
         "aggregation_error": error,
         "update_norm": update_norm,
@@ -156,7 +160,7 @@ def round_entry(number, rate, reports, rejected, update_norm, error, seconds):
 
 def global_loss(reports, turns):
     """Return the loss on the global held-out rows, in nats per answer token; of several models, the mean."""
-    if turns[0].global_eval_loss:
+    if turns and turns[0].global_eval_loss:
         return sum(turn.global_eval_loss.mean() for turn in turns) / len(turns)
     return sum(each.global_loss.nats for each in reports) / sum(each.global_loss.tokens for each in reports)
 

@@ -88,6 +88,7 @@ CASES = {
     "median of 4": case("median", FOUR, [1.0] * 4),
     "trimmed_mean": case("trimmed_mean", FOUR, [1.0] * 4, trim_fraction=0.25),
     "krum": case("krum", num_malicious=0),
+    "dp_fedavg": case("dp_fedavg", dp_clip_norm=2.0, noise_multiplier=0.0, clients_per_round=4),
     "none": case("none"),
     "two sums": case("two_sums"),
     "spread": random_case("spread"),

@@ -84,6 +84,13 @@ def test_norm_clip(averages):
     expect(averages["norm_clip"], mean, mean)
 
 
+def test_dp_fedavg(averages):
+    # as norm_clip, but every client weighs the same, and 4 are expected; without noise here, see test_privacy.py
+    shrunk = [[2 / math.sqrt(n) * u for u in update] for n, update in zip((22, 29, 51), UPDATES)]
+    mean = [(a + b + c) / 4 for a, b, c in zip(*shrunk)]
+    expect(averages["dp_fedavg"], mean, mean)
+
+
 def test_norm_clip_leaves_short_updates_alone():
     expect([utils.norm_clip(clients_of(UPDATES, WEIGHTS), {}, clip_norm=100.0)], MEAN)
 

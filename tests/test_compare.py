@@ -151,6 +151,15 @@ def test_a_pair_is_a_split_and_the_mean_of_its_seeds():
     assert "training seeds of one split" in comparison_tables(comparison)
 
 
+def test_columns_of_privacy_are_there_if_a_run_has_them():
+    private = {"epsilon": 7.99, "audit_auc": 0.517, "epsilon_lower_bound": 0.0}
+    plain = comparison_tables(compare_rows(["a", "b"], [[row("a", 51), row("b", 50)]]))
+    assert "epsilon" not in plain and "AUC" not in plain
+    lines = comparison_tables(compare_rows(["a", "b"], [[row("a", 51) | private, row("b", 50)]])).splitlines()
+    heading = next(number for number, line in enumerate(lines) if "| epsilon | audit AUC | epsilon at least |" in line)
+    assert lines[heading + 2].endswith("7.99 |     0.517 |             0.00 |") and lines[heading + 3].endswith("- |")
+
+
 def test_table_of_clients_of_many_is_left_out():
     clients = [{"client": client, "exact_match": 50.0} for client in range(25)]
     rows = [row("a", 50) | {"runs": [{"clients": clients}]}]
