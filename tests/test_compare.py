@@ -20,7 +20,9 @@ from fllama.results import compare_rows, comparison_row
 
 def row(name, exact_match, eval_loss=1.0):
     """A row with the figures of one run, and zeros where they do not matter."""
+    no_privacy = {"epsilon": None, "audit_auc": None, "epsilon_lower_bound": None}
     return dict.fromkeys(results.FIGURES, 0) | {
+        **no_privacy,
         "name": name,
         "exact_match": exact_match,
         "eval_loss": eval_loss,
