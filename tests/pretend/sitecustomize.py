@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-if "PRETEND_GPUS" in os.environ and "resource_tracker" not in " ".join(sys.orig_argv):
+if "PRETEND_GPUS" in os.environ and "multiprocessing.resource_tracker import" not in " ".join(sys.orig_argv):
     sys.path.append(str(Path(__file__).parents[1]))
     import pretend_cuda
     import pretend_nccl
