@@ -339,8 +339,10 @@ def score_clients(args, comm, trainer, rows, own_clients, clients):
             scores.append({"client": part, "eval_loss": loss.mean()} | own_scores | describe_loss(loss) | on_all)
             each = scores_of_rows(held_out, rows.held_out[part], losses, own_answers)
             of_rows.append({"of": "own", "client": part} | each)
-    scores = [each for part in comm.meet(scores) for each in part]
-    of_rows = [each for part in comm.meet(of_rows) for each in part]
+    parts, scores, of_rows = comm.meet((scores, of_rows)), [], []
+    for scores_of_rank, rows_of_rank in parts:
+        scores += scores_of_rank
+        of_rows += rows_of_rank
     return answers, global_loss, sorted(scores, key=lambda each: each["client"]), of_rows
 
 
