@@ -134,8 +134,7 @@ def round_entry(number, rate, reports, rejected, update_norm, error, seconds):
     drift = {}
     for each in reports:
         drift |= each.drift
-    # dp_fedavg may draw nobody
-    evaluated = turns[0].eval_loss is not None if turns else reports[0].global_loss is not None
+    evaluated = (turns[0].eval_loss if turns else reports[0].global_loss) is not None  # dp_fedavg may draw nobody
     eval_losses = [turn.eval_loss.mean() for turn in turns] if evaluated else None
     return {
         "round": number,

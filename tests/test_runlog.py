@@ -1,6 +1,7 @@
 """The logs of a run: rounds, lists of losses, what is left of them after a crash, curves and digests."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import main
-from fllama import runlog
+from fllama import report, runlog
 from fllama.clients import Turn
 from fllama.evaluate import Loss
 from fllama.runlog import RankReport, RunLog, cut_back_logs, read_losses, read_rounds
@@ -77,6 +78,14 @@ def test_entry_of_a_round_by_hand():
     assert entry["peak_memory_gb"] == 2.5 and entry["update_norm"] == 0.25 and entry["aggregation_error"] == 0.2
     entry = runlog.round_entry(1, 0.01, reports_of(1), {}, 0.25, None, SECONDS)
     assert entry["eval_loss"] is entry["client_eval_loss"] is None
+
+
+def test_entry_of_a_round_in_which_nobody_was_drawn():
+    reports = [dataclasses.replace(each, turns=[], drift={}) for each in reports_of(2)]
+    entry = runlog.round_entry(2, 0.01, reports, {}, 0.25, None, SECONDS)
+    assert entry["clients"] == [] and entry["train_loss"] is None and entry["drift"] == 0
+    assert entry["eval_loss"] == 2.5 and entry["client_eval_loss"] == []
+    assert "no client" in report.round_line(main.parse_args([]), entry | {"epsilon": 1.5})
 
 
 def test_loss_of_several_models_is_their_mean():
