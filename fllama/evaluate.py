@@ -339,10 +339,9 @@ def score_clients(args, comm, trainer, rows, own_clients, clients):
             scores.append({"client": part, "eval_loss": loss.mean()} | own_scores | describe_loss(loss) | on_all)
             each = scores_of_rows(held_out, rows.held_out[part], losses, own_answers)
             of_rows.append({"of": "own", "client": part} | each)
-    parts, scores, of_rows = comm.meet((scores, of_rows)), [], []
-    for scores_of_rank, rows_of_rank in parts:
-        scores += scores_of_rank
-        of_rows += rows_of_rank
+    parts = comm.meet((scores, of_rows))
+    scores = [each for part, _ in parts for each in part]
+    of_rows = [each for _, part in parts for each in part]
     return answers, global_loss, sorted(scores, key=lambda each: each["client"]), of_rows
 
 
