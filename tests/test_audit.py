@@ -180,7 +180,10 @@ def audited(tmp_path, small_inputs):
         clients = SimpleNamespace(private=[], states={})
         return audit.audit(args, SimpleNamespace(data_path=tmp_path / "audited"), Communicator(0, 1), trainer, clients)
 
-    return train_and_audit
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small, and other processes may be at work
+    yield train_and_audit
+    torch.set_num_threads(threads)
 
 
 def test_a_model_that_has_learned_rows_by_heart_is_caught(audited, monkeypatch):
