@@ -35,6 +35,7 @@ def local_train(rank, args, run):
     """
     device = torch.device("cuda", 0) if run.num_gpus else torch.device("cpu")
     comm = join_ranks(rank, args, run)
+    privacy.check_dtype(args, device)
     rows = data.load_client_data(rank, args, run, privacy.draw_clients(args, run, comm))
     model, tokenizer = load_model(args, run.model_path, device), load_tokenizer(run.model_path)
     trainer = build_trainer(args, run, device, model, tokenizer)  # a toolbox: its train() is never called
@@ -81,8 +82,8 @@ def local_train(rank, args, run):
             turn = clients.begin_turn(client, rows.num_train[client], parameters, server.start)
             if private_by_row:  # drawn anew for each step
                 steps = privacy.draw_steps(args, run.guarantee, client, rows.own[client])
-                turn.rows_read = sum(steps, [])
-                sequences = rows.sequences.select(turn.rows_read)
+                turn.rows_read = []  # who was drawn stays secret
+                sequences = rows.sequences.select(sum(steps, []))
                 batches = privacy.private_steps(args, run.guarantee, client, steps, rows.sequences, trainer)
             else:
                 turn.rows_read, sequences = rows.rows_of_turn(client, number), rows.sequences_of_turn(client, number)
@@ -92,7 +93,7 @@ def local_train(rank, args, run):
                 args, trainer, batches, parameters, server, clients.state_of(client), turn, number, learning_rate_at
             )
             hand_in(turn, loss, parameters, private, server.start)
-            if number == first_round:
+            if number == first_round and not private_by_row:
                 turn.tokens_digest = data.digest_of(sequences)
             if number == first_round or private:
                 turn.digest = runlog.digest(utils.flatten_parameters(lora))
@@ -107,7 +108,8 @@ def local_train(rank, args, run):
         norms = comm.meet({turn.client: turn.norm for turn in turns})  # waits for the slowest rank
         seconds = {"local": log.lap()}
         rejected = reject_bad_updates(args, log, number, norms)
-        if rejected and len(rejected) == len(plan.clients()):
+        # with dp_fedavg, a round without clients is noise, and the run goes on: its length must not tell of anybody
+        if rejected and len(rejected) == len(plan.clients()) and args.aggregator != "dp_fedavg":
             ended = f"round {number}: the update of every client is not finite; lower --learning_rate"
             utils.unflatten_parameters(parameters, server.start)
             undo_rejected(clients, turns, rejected)
@@ -345,7 +347,7 @@ def reject_bad_updates(args, log, number, norms):
     rejected = find_bad_updates(norm_of_client, by_median=args.aggregator != "dp_fedavg")  # it looks at all clients
     for client, problem in rejected.items():
         if args.on_bad_update == "fail":
-            log.wait()
+            log.close()
             text = f"round {number}: the update of client {client} is {problem}; lower --learning_rate"
             raise launch.EndRun(3, text)
         log.warn(f"  client {client} is left out of round {number}: its update is {problem}")
@@ -396,7 +398,7 @@ def measure(turns, average, averaged):
 def check_average(log, number, update_norm):
     """End the run if the averaged update is not finite. The same on all ranks."""
     if not math.isfinite(update_norm):
-        log.wait()
+        log.close()
         text = f"round {number}: the averaged update is not finite; lower --learning_rate or --server_lr"
         raise launch.EndRun(3, text)
 

@@ -231,7 +231,7 @@ def prepared_run(args, command):
     A context manager that gives a Run, or None if the run in output_dir is finished.
     """
     num_gpus, versions = gpus.count_gpus(), prepare.find_versions()
-    check_of_gpus = gpus.start_check(num_gpus)
+    check_of_gpus = gpus.start_check(num_gpus, options.ranks_here(args))
     source, form = prepare.find_rows(args, num_gpus)
     started = checkpoints.start_of_run(args)
     config = checkpoints.make_config(args, num_gpus=num_gpus, versions=versions, started=started.isoformat())

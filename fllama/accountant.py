@@ -16,7 +16,7 @@ from fllama.options import fail
 MIN_ROWS = 100  # of a client; with fewer, no noise leaves a gradient
 LEDGER = "privacy.jsonl"
 LEAST_NOISE = 0.1  # standard deviation, in clips
-INTERVAL = 1e-3  # of privacy losses, which are rounded up: epsilon errs on the high side, in its fourth digit
+INTERVAL = 1e-3  # of privacy losses, which are rounded up: epsilon errs on the high side, by the more, the more steps
 RELATION = "add or remove one, counts are public"
 
 
@@ -96,6 +96,8 @@ def promise(args, data_path, checkpoint=None):
     if not options.private_by_row(args):
         rate = per_round / clients
         z = noise_for(args.dp_epsilon, args.dp_delta, rate, args.num_rounds)
+        if args.dp_delta >= 1 / clients:
+            fail(f"--dp_delta {args.dp_delta:g} gives whole clients away; it must be below 1 / {clients} clients")
         lists = [rate] * clients, [args.num_rounds] * clients, [z] * clients
         return Guarantee("one whole client", args.dp_epsilon, args.dp_delta, args.dp_clip_norm, per_round, *lists)
 
@@ -147,9 +149,12 @@ def check_logs(args, checkpoint):
     last_round = checkpoints.round_of(checkpoint)
     spent = {entry["round"] for entry in read_ledger(args.output_dir)}
     logged = {entry["round"] for entry in runlog.read_rounds(args.output_dir)}
-    for name, found in ((LEDGER, spent), ("rounds.jsonl", logged)):
-        if not set(range(1, last_round + 1)) <= found:
-            fail(f"--resume: {args.output_dir}/{name} lacks rounds up to {last_round}, so what was spent is unknown")
+    if not args.resume:  # --overwrite begins a new account
+        return
+    last_logged = max(logged, default=0)
+    for name, found, last in ((LEDGER, spent, max(last_round, last_logged)), ("rounds.jsonl", logged, last_round)):
+        if not set(range(1, last + 1)) <= found:
+            fail(f"--resume: {args.output_dir}/{name} lacks rounds up to {last}, so what was spent is unknown")
 
 
 # -----------------------------------------------------------------------------
@@ -159,14 +164,16 @@ def check_logs(args, checkpoint):
 def read_ledger(output_dir):
     """Return the entries of privacy.jsonl, {"round", "steps": {client: steps}}.
 
-    A torn line was never committed, so its round had not begun.
+    A line that is torn off was never committed, so its round had not begun. Any other that cannot be read ends the
+    program: what it held was spent.
     """
     path, entries = Path(output_dir, LEDGER), []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             entries.append(json.loads(line))
         except ValueError:
-            continue
+            if line.endswith("}") or not line.startswith("{"):
+                fail(f"--resume: a line of {path} cannot be read, so what was spent is unknown")
     return entries
 
 

@@ -23,8 +23,7 @@ def model_card(args, run, summary):
     origin = f"`{base}`, a model in a folder of whoever trained this"
     if not local:
         origin = f"[{base}](https://huggingface.co/{base})"
-    clients, num_train = summary["per_client"], summary["rows"]
-    first, last = (f"{loss:.4f}" if loss is not None else "unknown" for loss in summary["eval_loss"].values())
+    num_train = summary["rows"]
     each = f"{min(num_train)} to {max(num_train)}" if min(num_train) < max(num_train) else f"{num_train[0]}"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     adapter = "THIS FOLDER/client_0" if options.keeps_own_models(args) else "THIS FOLDER"
@@ -48,14 +47,11 @@ A LoRA adapter (rank {args.lora_r}, alpha {args.lora_alpha:g}, on all linear lay
 | averaging | {describe_averaging(args)} |
 | base weights | {describe_precision(args)} |
 | learning rate | {args.learning_rate:g}, {args.lr_scheduler_type} |
-| tokens trained on | {summary["tokens"]:,} |
+| tokens trained on | {"not told" if summary["privacy"] else f"{summary['tokens']:,}"} |
 | command | `{run.command}` |
 | versions | {versions} |
 
-{table_of_scores(summary)}
-
-Held-out loss {first} nats per answer token at the first evaluated round, {last} at the last. On the clients' own
-held-out rows: {describe_own_scores(summary["headline"][0], clients)}.
+{describe_scores(summary)}
 {describe_privacy(summary)}
 ## Limits
 
@@ -109,8 +105,21 @@ and an adapter can learn rows by heart."""
 def describe_privacy(summary):
     """Return the section of what was measured and promised of privacy; nothing without either."""
     promised, measured = describe_guarantee(summary["privacy"]), describe_audit(summary["audit"])
+    if promised:  # what the audit says is not covered, either
+        measured = []
     lines = [f"- {' '.join(line.split())}" for line in [" ".join(promised), *measured] if line]
     return "\n".join(["", "## Privacy", "", *lines, ""]) if lines else ""
+
+
+def describe_scores(summary):
+    """Return the scores and losses; with differential privacy none of them, as its guarantee does not cover them."""
+    if summary["privacy"]:
+        return "Scores and losses are not covered by the guarantee below, and left out here."
+    first, last = (f"{loss:.4f}" if loss is not None else "unknown" for loss in summary["eval_loss"].values())
+    return f"""{table_of_scores(summary)}
+
+Held-out loss {first} nats per answer token at the first evaluated round, {last} at the last. On the clients' own
+held-out rows: {describe_own_scores(summary["headline"][0], summary["per_client"])}."""
 
 
 def table_of_scores(summary):

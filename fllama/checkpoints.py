@@ -110,6 +110,8 @@ def check_config(folder, config):
             changes.append(f"{name} {earlier.get(name)} (now {value})")
     if changes:
         fail(f"--resume: the run in {folder} was started with {', '.join(changes)}")
+    if config["optim"].startswith("paged") and bool(config["num_gpus"]) != bool(earlier["num_gpus"]):
+        fail(f"--resume: {config['optim']} pages on a GPU only, and this run changes between GPU and CPU; start anew")
 
 
 def read_config(folder):

@@ -63,6 +63,8 @@ def evaluate_each(trainer, rows):
         done += len(in_batch)
         columns = [sums_of_rows(each, in_batch) for each in (-outputs.log_probs, outputs.label_mask, outputs.is_top1)]
         by_row.append(torch.stack(columns, dim=1))
+    if not by_row:  # fewer rows than ranks
+        return Loss(0.0, 0, 0), []
     log_probability, tokens, correct = sums.tolist()  # the host waits for the GPU only now
     losses = [None] * len(lengths)
     for place, (nats, row_tokens, row_correct) in zip(longest_first, torch.cat(by_row).tolist()):

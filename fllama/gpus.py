@@ -1,5 +1,8 @@
 """The GPUs of this machine: how many there are, whether they can be used, and the compiler that they need."""
 
+import atexit
+import ctypes
+import functools
 import os
 import shutil
 import subprocess
@@ -12,10 +15,11 @@ import torch
 from fllama.options import fail
 
 # CUDA is only asked in processes that end: this one may become a rank, which sees one GPU, chosen before CUDA is asked
+PATIENCE = 120  # seconds
 COUNT = "import torch; print(torch.cuda.device_count())"
 PROBE = """
-import torch
-for number in range(torch.cuda.device_count()):
+import sys, torch
+for number in range(min(torch.cuda.device_count(), int(sys.argv[1]))):
     try:
         torch.ones(1, device=f"cuda:{number}").item()
     except Exception as error:
@@ -26,10 +30,23 @@ for number in range(torch.cuda.device_count()):
 
 def count_gpus():
     """Return how many GPUs this machine shows to us, without asking CUDA in this process."""
-    if torch.version.cuda and torch.cuda._device_count_nvml() < 0:  # noqa: SLF001 (MIG, or no NVML)
-        answer = subprocess.run([sys.executable, "-c", COUNT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        return int(answer.stdout or 0)
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if listed.strip().startswith("MIG-"):  # a process sees one part of a GPU, however many are listed
+        return len(listed.split(","))
+    if torch.version.cuda and torch.cuda._device_count_nvml() < 0:  # noqa: SLF001 (no NVML)
+        return ask_cuda()
     return torch.cuda.device_count()
+
+
+@functools.cache
+def ask_cuda():
+    """Return how many GPUs CUDA sees in another process; 0 at once without its driver."""
+    try:
+        ctypes.CDLL("libcuda.so.1")  # loaded, not asked
+    except OSError:
+        return 0
+    answer = subprocess.run([sys.executable, "-c", COUNT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return int(answer.stdout or 0)
 
 
 def visible_gpus(num_gpus):
@@ -40,24 +57,28 @@ def visible_gpus(num_gpus):
     return [part.strip() for part in listed.split(",")][:num_gpus]
 
 
-def start_check(num_gpus):
-    """Refuse a machine without a compiler, and start a process that uses every GPU, for `finish_check`, as it takes
-    seconds.
+def start_check(num_gpus, num_ranks):
+    """Refuse a machine without a compiler, and start a process that uses the GPUs of its ranks, for `finish_check`.
 
-    Returns None without GPUs.
+    It takes seconds. Returns None without GPUs.
     """
     if not num_gpus:
         return None
     check_compiler()
-    command = [sys.executable, "-c", PROBE]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = [sys.executable, "-c", PROBE, str(num_ranks)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    atexit.register(process.kill)  # if the run is refused for something else
+    return process
 
 
 def finish_check(process):
     """Wait for the process of `start_check`, and refuse GPUs that are counted but cannot be used."""
     if process is None:
         return
-    problem = process.communicate()[0].strip()
+    try:
+        problem = process.communicate(timeout=PATIENCE)[0].strip()
+    except subprocess.TimeoutExpired:
+        fail(f"a GPU has not answered for {PATIENCE} seconds; see nvidia-smi, or choose others by CUDA_VISIBLE_DEVICES")
     if process.returncode and not problem:
         problem = f"the GPUs cannot be used: a process that asks for them ends with exit code {process.returncode}"
     if problem:

@@ -112,12 +112,22 @@ def run_and_report(rank, target, args, run, parent, writers):
         report = ExitReport(ended.code, ended.text)
     except BaseException as error:
         report = ExitReport(1, describe_error(error), traceback.format_exc()[-10_000:])
+    flush_streams()
+    report.time = time.time()
+    writers[rank].send(report)  # from now on, the parent may end this process
+    leave(report.code)
+
+
+def flush_streams():
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    report.time = time.time()
-    writers[rank].send(report)  # from now on, the parent may end this process
-    os._exit(report.code)  # destructors may wait for other ranks: NCCL's for up to --timeout minutes
+
+
+def leave(code):
+    """End this process without destructors, which may wait for other ranks: NCCL's for up to --timeout minutes."""
+    flush_streams()
+    os._exit(code)
 
 
 def describe_error(error):

@@ -10,13 +10,14 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from fllama import basemodel, checkpoints, gpus
-from fllama.launch import STOPPED, EndRun, describe_error, die_with_parent
+from fllama import basemodel, checkpoints, gpus, options
+from fllama.launch import STOPPED, EndRun, describe_error, die_with_parent, leave
 from fllama.options import fail
 
 SIOCGIFADDR = 0x8915  # of the kernel's sockios.h: the address of a network interface
@@ -39,7 +40,7 @@ def join(args, num_gpus, prepared_run, target):
     """
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     other_machine = rank > 0 and local_rank == 0  # that of rank 0 is checked by prepared_run
-    check_of_gpus = gpus.start_check(num_gpus) if other_machine else None
+    check_of_gpus = gpus.start_check(num_gpus, options.ranks_here(args)) if other_machine else None
     die_with_parent()  # an agent that is killed leaves nobody
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))  # of Ctrl-C, torchrun sends that
@@ -69,15 +70,19 @@ def join(args, num_gpus, prepared_run, target):
         try:
             target(rank, args, run)
         except EndRun as ended:
-            end_rank(rank, ended)
+            say_why(rank, ended)
+            stack.close()
+            leave(ended.code)
         except Exception as error:
-            print(f"main.py: rank {rank} failed: {describe_error(error)}", file=sys.stderr, flush=True)
-            raise
+            traceback.print_exc()
+            print(f"main.py: rank {rank} failed: {describe_error(error)}", file=sys.stderr)
+            stack.close()
+            leave(1)
         return rank == 0
 
 
-def end_rank(rank, ended):
-    """End this process as the run has ended: torchrun ends all ranks with the first one."""
+def say_why(rank, ended):
+    """Say how the run has ended, in time: torchrun ends all ranks with the first one."""
     if ended.code == STOPPED:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # seconds: torchrun is about to end this rank, too, and takes an end before that for a failure
@@ -85,7 +90,6 @@ def end_rank(rank, ended):
         print(f"main.py: {ended.text}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)  # seconds: for rank 0 to say it
-    sys.exit(ended.code)
 
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 import utils
@@ -126,6 +125,11 @@ def ranks_of_torchrun():
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 0
 
 
+def ranks_here(args):
+    """Return how many ranks are on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if ranks_of_torchrun() else args.world_size
+
+
 def complete(args, num_gpus):
     """Fill in the defaults that depend on other flags or on the GPUs of this machine; refuse what does not go together.
 
@@ -196,10 +200,9 @@ def complete_clients(args, num_clients, num_gpus):
     if playing < args.world_size and ranks_of_torchrun():
         fail(f"torchrun has started {args.world_size} ranks for {playing} clients; lower --nproc_per_node or --nnodes")
     args.world_size = min(args.world_size, playing)
-    ranks_here = int(os.environ["LOCAL_WORLD_SIZE"]) if ranks_of_torchrun() else args.world_size
-    args.backend = args.backend or ("nccl" if num_gpus >= ranks_here else "gloo")
-    if args.backend == "nccl" and num_gpus < ranks_here:
-        fail(f"--backend nccl: {num_gpus} GPUs for {ranks_here} ranks; leave it out: over gloo they share")
+    args.backend = args.backend or ("nccl" if num_gpus >= ranks_here(args) else "gloo")
+    if args.backend == "nccl" and num_gpus < ranks_here(args):
+        fail(f"--backend nccl: {num_gpus} GPUs for {ranks_here(args)} ranks; leave it out: over gloo they share")
 
 
 def training_clients(args):
@@ -286,7 +289,10 @@ def check_privacy(args, num_gpus):
         if args.aggregator == "dp_fedavg":
             fail("--aggregator dp_fedavg needs --dp_epsilon: how private each client is to be")
         return
-    args.dp_delta, args.dp_clip_norm = args.dp_delta or 1e-5, args.dp_clip_norm or 1.0
+    args.dp_delta = 1e-5 if args.dp_delta is None else args.dp_delta
+    args.dp_clip_norm = args.dp_clip_norm or 1.0
+    if not args.dp_delta:
+        fail("--dp_delta 0: Gaussian noise has no guarantee without a delta; leave it out for 1e-5")
     if args.dp_epsilon > MAX_EPSILON:
         fail(f"--dp_epsilon {args.dp_epsilon:g} promises nothing; give one up to {MAX_EPSILON}, or leave it out")
     clipped = "--dp_epsilon"
@@ -305,8 +311,11 @@ def check_privacy(args, num_gpus):
     for name in ("torch_compile", "use_liger_kernel"):
         if getattr(args, name):
             fail(f"{clipped}: --{name} hides the gradients of single rows; leave it out")
-    half = args.torch_dtype == "float16"
-    if half or args.torch_dtype == "auto" and num_gpus and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if args.lora_dropout:
+        fail(
+            f"{clipped}: masks come from --seed, and a row more would change those of others; leave out --lora_dropout"
+        )
+    if args.torch_dtype == "float16":  # a GPU without bfloat16 says so later, in the rank: CUDA is not asked here
         fail(f"{clipped}: float16 scales gradients by what it finds in them; give --torch_dtype bfloat16 or float32")
 
 

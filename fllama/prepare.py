@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import multiprocess  # what datasets tokenizes with
 import numpy as np
 
 import utils
@@ -207,15 +208,22 @@ def tokenize(args, rows, form, tokenizer, started, **more):
         "learn": args.learn,
         "date": started,
     }
-    return rows.map(
-        tokenize_one,
-        fn_kwargs=how,
-        remove_columns=rows.column_names,
-        features=tokenizing.TOKENIZED,
-        new_fingerprint="tokens",  # every run tokenizes anew: the library need not hash what it is given
-        num_proc=tokenizing_processes(len(rows)),
-        **more,
-    )
+    try:
+        return rows.map(
+            tokenize_one,
+            fn_kwargs=how,
+            remove_columns=rows.column_names,
+            features=tokenizing.TOKENIZED,
+            new_fingerprint="tokens",  # every run tokenizes anew: the library need not hash what it is given
+            num_proc=tokenizing_processes(len(rows)),
+            **more,
+        )
+    except multiprocess.TimeoutError as error:  # by which the library hides Ctrl-C and SIGTERM, see main.stop
+        while not isinstance(error, SystemExit):
+            if error.__context__ is None:
+                raise
+            error = error.__context__
+        raise error from None
 
 
 def tokenizing_processes(num_rows):

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fllama import checkpoints, runlog
+from fllama import checkpoints, options, runlog
+from fllama.launch import EndRun
+from fllama.model import compute_dtype
 from fllama.noise import gaussian, secret_generator
 
 # -----------------------------------------------------------------------------
@@ -42,6 +44,15 @@ def draw_clients(args, run, comm):
             chances = rng.random(args.num_clients)
             drawn.append(np.flatnonzero(chances < run.guarantee.sampling_rate[0]).tolist())
     return comm.meet(drawn)[0]
+
+
+def check_dtype(args, device):
+    """End the run, before the model is loaded, on a GPU that computes in float16: its scale depends on the gradients.
+
+    Raises launch.EndRun with exit code 2.
+    """
+    if options.private_by_row(args) and compute_dtype(args, device) == torch.float16:
+        raise EndRun(2, "error: --dp_epsilon: this GPU has no bfloat16; give --torch_dtype float32")
 
 
 # -----------------------------------------------------------------------------

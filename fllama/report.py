@@ -288,12 +288,13 @@ def describe_audit(audit):
     if not audit or audit["auc"] is None:
         return []
     low, high = audit["auc_interval"]
-    bound = f"{audit['epsilon_lower_bound']:.2f} at delta {audit['delta']:g}"
+    bound = f"{audit['epsilon_lower_bound']:.2f} of {audit['epsilon_lower_bound_most']:.2f} at delta {audit['delta']:g}"
     inserted, held_out, most = (audit["exposure"][name] for name in ("inserted", "held_out", "most"))
     return [
         f"audit          {audit['canaries']} canaries: those trained on are told apart from those it has not seen in "
         f"{audit['auc']:.0%} of the cases ({low:.0%} to {high:.0%}); 50% is guessing",
         f"exposure       {inserted:.1f} bits if trained on, {held_out:.1f} if not; 1.4 is guessing, and {most:.0f} the "
         "most that is measured",
-        f"epsilon        at least {bound}, with 95% confidence, as this attack shows; a better one may show more",
+        f"epsilon        at least {bound}, the most that so many canaries can show, with 95% confidence; another "
+        "attack may show more",
     ]

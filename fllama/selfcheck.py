@@ -15,7 +15,7 @@ def check(comm, log, passed, text):
     """Say what was checked; if it failed, end the run on all ranks with exit code 3."""
     (log.say if passed else log.warn)(f"  {'✓' if passed else '✗'} {text}")
     if not passed:
-        log.wait()
+        log.close()
         comm.meet()  # nobody leaves before it is said
         raise EndRun(3, "a self-check failed, see its line; this would not be federated learning")
 

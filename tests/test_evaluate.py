@@ -245,6 +245,13 @@ def test_sums_of_rows():
     assert evaluate.sums_of_rows(torch.tensor([[True, False, True]]), [1, 3]).tolist() == [1, 1]
 
 
+def test_a_rank_may_have_no_rows(tmp_path):
+    """Where there are fewer held-out rows than ranks."""
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6]], "labels": [[-100, 6]], "length": [2]})
+    _, trainer = make_trainer(tmp_path, rows=rows)
+    assert evaluate.evaluate(trainer, rows.select([])) == (0, 0, 0)
+
+
 def test_scores_of_rows():
     """A row that asks nothing has no answer, and neither have those behind the last question that was asked."""
     rows = {"prompt_length": [1, 0, 1, 1]}

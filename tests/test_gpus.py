@@ -26,8 +26,8 @@ def refused_line(capsys, function, *args):
     return capsys.readouterr().err.strip()
 
 
-def test_parts_of_gpus_are_counted_by_another_process(monkeypatch):
-    """NVML counts no parts (MIG), and asking CUDA here would fix what this process sees."""
+def test_gpus_are_counted_without_asking_cuda_here(monkeypatch):
+    """That would fix what this process sees. Of parts of GPUs (MIG), CUDA itself sees one."""
 
     def ask_cuda():
         raise AssertionError("CUDA was asked")
@@ -36,9 +36,15 @@ def test_parts_of_gpus_are_counted_by_another_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_device_count_nvml", lambda: -1)
     monkeypatch.setattr(torch.cuda, "device_count", ask_cuda)
     monkeypatch.setattr(gpus, "COUNT", "print(3)")
-    assert gpus.count_gpus() == 3
-    monkeypatch.setattr(gpus, "COUNT", "raise RuntimeError('no driver')")
-    assert gpus.count_gpus() == 0
+    assert gpus.count_gpus() == 0  # there is no driver here
+    monkeypatch.setattr(gpus.ctypes, "CDLL", lambda name: None)
+    for program, number in (("print(3)", 3), ("raise RuntimeError('a driver of another version')", 0)):
+        monkeypatch.setattr(gpus, "COUNT", program)
+        gpus.ask_cuda.cache_clear()
+        assert gpus.count_gpus() == number
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1, MIG-2,MIG-3,MIG-4")
+    assert gpus.count_gpus() == 4
+    gpus.ask_cuda.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -79,16 +85,19 @@ def test_nccl_takes_one_interface(monkeypatch):
 
 
 def test_gpus_that_cannot_be_used(monkeypatch, capsys):
-    assert gpus.start_check(0) is None
+    assert gpus.start_check(0, 1) is None
     gpus.finish_check(None)
     problem = "GPU 1 cannot be used: The NVIDIA driver on your system is too old"
     monkeypatch.setattr(gpus, "PROBE", f"print({problem!r})")
-    line = refused_line(capsys, gpus.finish_check, gpus.start_check(2))
+    line = refused_line(capsys, gpus.finish_check, gpus.start_check(2, 2))
     assert line.startswith(f"main.py: error: {problem}; see nvidia-smi") and "\n" not in line
     monkeypatch.setattr(gpus, "PROBE", "import os; os._exit(7)")
-    assert "exit code 7" in refused_line(capsys, gpus.finish_check, gpus.start_check(2))
+    assert "exit code 7" in refused_line(capsys, gpus.finish_check, gpus.start_check(2, 2))
     monkeypatch.setattr(gpus, "PROBE", "pass")
-    gpus.finish_check(gpus.start_check(2))
+    gpus.finish_check(gpus.start_check(2, 2))
+    monkeypatch.setattr(gpus, "PROBE", "import time; time.sleep(60)")
+    monkeypatch.setattr(gpus, "PATIENCE", 0.1)
+    assert "has not answered" in refused_line(capsys, gpus.finish_check, gpus.start_check(2, 2))
 
 
 def test_the_gpus_are_tried_before_the_rows_are_tokenized(monkeypatch, capsys, tmp_path):
@@ -105,10 +114,10 @@ def test_the_gpus_are_tried_before_the_rows_are_tokenized(monkeypatch, capsys, t
 def test_triton_needs_a_compiler_and_a_header(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert re.search(r"finds no Python.h: apt install python3.\d+-dev$", refused_line(capsys, gpus.start_check, 1))
+    assert re.search(r"finds no Python.h: apt install python3.\d+-dev$", refused_line(capsys, gpus.start_check, 1, 1))
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "finds no C compiler" in refused_line(capsys, gpus.start_check, 1)
+    assert "finds no C compiler" in refused_line(capsys, gpus.start_check, 1, 1)
     (tmp_path / "clang").touch(mode=0o755)
     (tmp_path / "Python.h").touch()
     gpus.check_compiler()
@@ -157,5 +166,5 @@ def test_nobody_waits_for_a_rank_that_has_reported(run_here, failing):
 def test_the_probe_is_a_program():
     """On a machine without GPUs it has nothing to say."""
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run([sys.executable, "-c", gpus.PROBE], env=hidden, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", gpus.PROBE, "8"], env=hidden, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (0, "")

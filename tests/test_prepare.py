@@ -346,3 +346,20 @@ def test_models_are_told_apart(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(content)
         digests.append(basemodel.digest_of_model(tmp_path))
     assert len(set(digests)) == 3
+
+
+def test_a_stop_while_several_processes_tokenize_is_a_stop():
+    """The library waits for them, and what it then raises hides that."""
+    import multiprocess
+
+    def stopped(*args, **more):
+        try:
+            raise SystemExit(143)
+        finally:
+            raise multiprocess.TimeoutError
+
+    rows = type("Rows", (), {"map": stopped, "column_names": ["a"], "__len__": lambda self: 1})()
+    args = argparse.Namespace(columns={}, max_length=10, learn="all")
+    with pytest.raises(SystemExit) as stop:
+        prepare.tokenize(args, rows, None, None, None)
+    assert stop.value.code == 143

@@ -326,19 +326,38 @@ def test_rounds_that_are_played_again_count_again(tmp_path):
 
 
 def test_a_ledger_that_is_gone_is_missed(tmp_path, refused):
+    """Also if no checkpoint is left: what is in the logs was played, and so it was spent."""
     args, found = promised(tmp_path)
+    args.resume = True
     (tmp_path / "rounds.jsonl").write_text('{"round": 1}\n{"round": 2}\n')
-    with pytest.raises(SystemExit):
-        accountant.promise(args, tmp_path, tmp_path / "round_00002")
+    for checkpoint in (tmp_path / "round_00002", None):
+        with pytest.raises(SystemExit):
+            accountant.promise(args, tmp_path, checkpoint)
     for number in (1, 2):
         accountant.Ledger(args, found).commit(Communicator(0, 1), number, plan_of(0, 1))
     assert accountant.promise(args, tmp_path, tmp_path / "round_00002") == found
+    ledger = tmp_path / accountant.LEDGER
+    whole = ledger.read_text()
+    ledger.write_text(whole + '{"round": 3, "st')  # torn off: nothing of round 3 has begun
+    assert accountant.promise(args, tmp_path, None) == found
+    ledger.write_text(whole.replace(": 1,", ": 1 1,"))  # damaged
+    with pytest.raises(SystemExit):
+        accountant.promise(args, tmp_path, None)
+
+
+def test_noise_cannot_be_tried_out():
+    """torch's generator on the CPU knows 32 bits of a seed only, which a laptop tries in a day."""
+    streams = [torch.randn(8, generator=torch.Generator().manual_seed(7 + more)) for more in (0, 2**32)]
+    assert torch.equal(*streams)  # which is why NumPy's is used
+    entropies = {noise.secret_generator("cpu").bit_generator.seed_seq.entropy for _ in range(3)}
+    assert len(entropies) == 3 and min(entropies) > 2**64
 
 
 # -----------------------------------------------------------------------------
 # runs
 
 SMALL = f"--dataset_path {EMBEDDED_DATA} --dp_epsilon 8 --lora_variant ffa --max_new_tokens 1 --eval_rounds 4"
+SMALL += " --lora_dropout 0"
 
 
 def test_a_private_run_with_canaries(run_here, tmp_path):
@@ -352,7 +371,9 @@ def test_a_private_run_with_canaries(run_here, tmp_path):
     assert summary["audit"]["canaries"] == len(json.loads((tmp_path / audit.FILE).read_text())) == 8
     assert summary["audit"]["epsilon_lower_bound"] <= found["epsilon"]
     card = (tmp_path / "federated_global_model" / "README.md").read_text()
-    assert "one row of one client" in card and "add or remove one" in card and "50% is guessing" in card
+    assert "one row of one client" in card and "add or remove one" in card
+    assert "| tokens trained on | not told |" in card and "left out here" in card  # what the guarantee does not cover
+    assert "50% is guessing" not in card and "held-out questions" not in card
 
 
 @pytest.mark.slow
@@ -398,6 +419,8 @@ def test_clients_by_poisson_sampling_with_empty_rounds_killed_and_resumed(run_he
         ("--scaffold", "--scaffold keeps"),
         ("--average_dtype int8", "--average_dtype int8 keeps residuals"),
         ("--torch_compile", "--torch_compile"),
+        ("--lora_dropout 0.1", "leave out --lora_dropout"),
+        ("--dp_delta 0", "leave it out for 1e-5"),
         ("--dp_epsilon 1e6", "promises nothing"),
         ("--num_clients 40", "and needs 100"),
         ("--aggregator dp_fedavg --on_bad_update fail", "--on_bad_update fail"),
@@ -412,6 +435,7 @@ def test_what_would_break_the_guarantee_is_refused(refused, flags, text):
     ("flags", "text"),
     [
         ("--dp_delta 0.1", "must be below 1 /"),
+        ("--aggregator dp_fedavg --num_clients 500 --dp_delta 0.3", "must be below 1 / 500 clients"),
         ("--per_device_train_batch_size 400", "lower the batch size"),
         ("--dp_epsilon 0.01", "300 rows of client 0 cannot buy it in 160 steps of 4"),
     ],
