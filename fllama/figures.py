@@ -179,7 +179,7 @@ def describe_spread(comparison):
 
 def table_of_differences(comparison, score):
     form = "{:+.3f}" if score == "eval_loss" else "{:+.1f}"
-    lines = [[f"difference in {NAMES[score]}", "mean", "95% interval", "p (Holm)", "", "repeats needed"]]
+    lines = [[f"difference in {NAMES[score]}", "mean", "95% interval", "p (Holm)", "verdict", "repeats needed"]]
     for each in comparison["differences"]:
         if each["of"] != score:
             continue
