@@ -131,11 +131,8 @@ def compare(args, flags, parse_args, run_once):
     """
     folder, arms = Path(args.output_dir), find_arms(args.compare)
     runs = plan_runs(args, flags, arms, parse_args)
-    num_gpus, ranks = gpus.count_gpus(), {}
-    for run in runs[: len(runs) // (args.repeats * args.seeds)]:
-        checked = copy.copy(run.args)
-        prepare.find_rows(checked, num_gpus)  # what can be refused is refused before the first run
-        ranks[run.arm] = checked.world_size
+    num_gpus = gpus.count_gpus()
+    ranks = check_runs(runs, args.repeats * args.seeds, num_gpus)
     if args.overwrite:  # else an earlier one that was longer would be mixed with this one
         shutil.rmtree(folder / "comparison", ignore_errors=True)
     ended = run_all(runs, ranks, num_gpus, run_once)
@@ -150,6 +147,27 @@ def compare(args, flags, parse_args, run_once):
     print(f"\n{tables}\n{folder}/comparison.json, .md and .png", flush=True)
     if not all(ended):
         raise SystemExit(3)
+
+
+def check_runs(runs, repeats, num_gpus):
+    """Refuse what can be refused before the first run; returns {arm: processes that it needs}.
+
+    `runs` are `repeats` times as many as those of one split and seed, whose rows are looked at. A run that was started
+    must go on with its flags: else it would be refused in the middle, and look like a split that cannot be made.
+    """
+    ranks, of_one_repeat = {}, len(runs) // repeats
+    complete = []  # flags, with what the data set says of its clients
+    for run in runs[:of_one_repeat]:
+        checked = copy.copy(run.args)
+        prepare.find_rows(checked, num_gpus)
+        ranks[run.arm] = checked.world_size
+        complete.append(checked)
+    for number, run in enumerate(runs):
+        if run.args.resume:
+            checked = copy.copy(complete[number % of_one_repeat])
+            checked.seed, checked.split_seed = run.args.seed, run.args.split_seed
+            checkpoints.check_config(run.folder, checkpoints.make_config(checked))
+    return ranks
 
 
 def run_all(runs, ranks, num_gpus, run_once):

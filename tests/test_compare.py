@@ -521,6 +521,20 @@ def test_resumed_comparison(compared, tmp_path, capsys):
     assert [each["eval_loss"] for each in after] == [each["eval_loss"] for each in before]
 
 
+def test_a_comparison_resumed_with_other_flags_is_refused(small_inputs, tmp_path, capsys):
+    """In one line before any run, though `local` has a learning rate of its own; and what was found stays as it is."""
+    flags = "--world_size 1 --num_clients 2 --num_rounds 1 --local_steps 1 --quiet --compare".split()
+    flags += ["local --learning_rate 5e-3, fedavg", *small_inputs, "--output_dir", str(tmp_path)]
+    main.main([*flags, "--learning_rate", "1e-2"])
+    before = (tmp_path / "comparison.json").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.main([*flags, "--learning_rate", "3e-3", "--resume"])
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and (tmp_path / "comparison.json").read_bytes() == before
+    assert "was started with learning_rate 0.01 (now 0.003)" in error and error.count("\n") == 1 and not out
+
+
 def test_a_run_that_diverges_does_not_end_the_comparison(small_inputs, tmp_path, capsys):
     flags = [
         *COMPARED,
