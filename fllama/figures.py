@@ -179,7 +179,8 @@ def describe_spread(comparison):
 
 def table_of_differences(comparison, score):
     form = "{:+.3f}" if score == "eval_loss" else "{:+.1f}"
-    lines = [[f"difference in {NAMES[score]}", "mean", "95% interval", "p (Holm)", "", "repeats needed"]]
+    needed = "repeats needed" if comparison["repeats"] > 1 else "seeds needed"
+    lines = [[f"difference in {NAMES[score]}", "mean", "95% interval", "p (Holm)", "", needed]]
     for each in comparison["differences"]:
         if each["of"] != score:
             continue
@@ -192,11 +193,13 @@ def table_of_differences(comparison, score):
 
 
 def notes_on_differences(comparison):
-    unit = "splits" if comparison["repeats"] > 1 else "training seeds of one split"
+    unit, needed = "splits", "repeats"
+    if comparison["repeats"] == 1:
+        unit, needed = "training seeds of one split", "seeds"
     return (
         f"Paired over the {unit}. Each interval is of its pair alone; the p-values are corrected for all pairs of the\n"
-        "table (Holm), and a pair is unresolved above 0.05. Needed: that many repeats in all would find such a\n"
-        "difference, tested by itself, with power 0.8 (paired t-test at 5%)."
+        f"table (Holm), and a pair is unresolved above 0.05. Needed: that many {needed} in all would find such a\n"
+        "difference with power 0.8 (paired t-test at 5% divided by the number of pairs, which is enough for Holm)."
     )
 
 

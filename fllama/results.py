@@ -243,23 +243,32 @@ def means_of_groups(values, group):
 
 
 def compare_pairs(runs_of, key, group):
-    pairs = []
+    """Return the paired test of each two arms that have enough pairs for one, see spread.paired_test.
+
+    Repeats are needed for 5% divided by the number of tests, which is enough for Holm whatever the others come to.
+    """
+    found, pairs = {}, []
     for a, b in itertools.combinations(runs_of, 2):
-        difference = paired_difference(runs_of[a], runs_of[b], key, group)
-        if difference:
-            pairs.append({"a": a, "b": b, "of": key} | difference)
+        differences = paired_differences(runs_of[a], runs_of[b], key, group)
+        if len(differences) >= spread.LEAST_PAIRS:
+            found[a, b] = differences
+    for (a, b), differences in found.items():
+        test = spread.paired_test(differences, spread.LEVEL / len(found))
+        pairs.append({"a": a, "b": b, "of": key, "pairs": len(differences)} | test)
     for pair, adjusted in zip(pairs, spread.holm([pair["p"] for pair in pairs])):
         pair |= {"adjusted": adjusted, "unresolved": adjusted > spread.LEVEL}
+        if pair["unresolved"] and pair["needed_repeats"]:
+            pair["needed_repeats"] = max(pair["needed_repeats"], pair["pairs"] + 1)
     return pairs
 
 
-def paired_difference(runs, others, key, group=1):
-    """Return the paired test of two arms, see spread.paired_test, over the means of each `group` of runs."""
+def paired_differences(runs, others, key, group=1):
+    """Return the differences of two arms, the mean over each `group` of runs; without those that a failed run lacks."""
     differences = []
     for run, other in zip(runs, others):
         both = run and other and run.get(key) is not None and other.get(key) is not None
         differences.append(run[key] - other[key] if both else None)
-    return spread.paired_test(means_of_groups(differences, group))
+    return means_of_groups(differences, group)
 
 
 def shares_of_runs(runs_of, key, splits, seeds):

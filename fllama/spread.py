@@ -10,6 +10,7 @@ LEAST_PAIRS = 3
 MOST_PAIRS = 2**20  # with more, nobody would ask
 LEAST_ROWS = 6  # of fewer, not even an exact test of their signs can reach 5%: 2 x 0.5^5 is 6%
 RESAMPLES = 9999
+EQUAL = 1e-9  # differences that vary by less of their mean have no spread, but for rounding
 
 
 def mean(values):
@@ -31,27 +32,31 @@ def interval_of_mean(values):
     return mean, mean - half, mean + half
 
 
-def paired_test(differences):
+def paired_test(differences, level=LEVEL):
     """Return what the differences of some pairs say, by Student's t; None for fewer than 3 pairs.
 
     `mean`, `low` and `high` (95%), the two-sided `p`, and `needed_repeats`, how many pairs it would take in all to tell
-    such a difference from 0.
+    such a difference from 0 at `level`. Equal differences say nothing of their spread, so t would be infinite: p is
+    that of the exact sign test, 2^(1 - n) for n pairs (Dixon and Mood 1946), and needed is what brings it to `level`.
     """
     interval = interval_of_mean(differences)
     if interval is None:
         return None
     mean, low, high = interval
     deviation = float(np.std(differences, ddof=1))
-    if deviation > 0:
+    if not mean:
+        p, needed = 1.0, None
+    elif deviation <= EQUAL * abs(mean):
+        p, needed = 2.0 ** (1 - len(differences)), math.ceil(1 - math.log2(level))
+    else:
         t = mean / deviation * math.sqrt(len(differences))
         p = float(2 * stats.t.sf(abs(t), len(differences) - 1))
-    else:
-        p = 0.0 if mean else 1.0
-    return {"mean": mean, "low": low, "high": high, "p": p, "needed_repeats": needed_repeats(mean, deviation)}
+        needed = needed_repeats(mean, deviation, level)
+    return {"mean": mean, "low": low, "high": high, "p": p, "needed_repeats": needed}
 
 
-def needed_repeats(mean, deviation):
-    """Return the least number of pairs whose paired t-test finds a difference with power 0.8 at 5%, two-sided.
+def needed_repeats(mean, deviation, level=LEVEL):
+    """Return the least number of pairs whose paired t-test finds a difference with power 0.8 at `level`, two-sided.
 
     `mean` and `deviation` are those of the differences. With n pairs, the power is 1 - F(t) + F(-t): t is the critical
     value of Student's t with n - 1 degrees of freedom, and F the noncentral t distribution with the noncentrality
@@ -60,27 +65,30 @@ def needed_repeats(mean, deviation):
     if not mean or not deviation:
         return None
     enough = 2
-    while power_of_pairs(enough, mean / deviation) < POWER:
+    while power_of_pairs(enough, mean / deviation, level) < POWER:
         enough *= 2
         if enough > MOST_PAIRS:
             return None
     too_few = enough // 2
     while enough - too_few > 1:
         middle = (enough + too_few) // 2
-        if power_of_pairs(middle, mean / deviation) < POWER:
+        if power_of_pairs(middle, mean / deviation, level) < POWER:
             too_few = middle
         else:
             enough = middle
     return enough
 
 
-def power_of_pairs(pairs, effect):
-    """Return the power of a paired t-test for a difference of `effect` standard deviations."""
+def power_of_pairs(pairs, effect, level=LEVEL):
+    """Return the power of a paired t-test at `level` for a difference of `effect` standard deviations."""
     noncentrality = math.sqrt(pairs) * abs(effect)
-    critical = stats.t.ppf(1 - LEVEL / 2, pairs - 1)
+    critical = stats.t.ppf(1 - level / 2, pairs - 1)
     if noncentrality > 10 * critical:  # beyond what the distribution is computed for, and certain
         return 1.0
-    return float(stats.nct.sf(critical, pairs - 1, noncentrality) + stats.nct.cdf(-critical, pairs - 1, noncentrality))
+    power = stats.nct.sf(critical, pairs - 1, noncentrality)
+    if noncentrality < 5:  # beyond, the other tail is below 1e-6, and scipy may give nan for it
+        power += stats.nct.cdf(-critical, pairs - 1, noncentrality)
+    return float(power)
 
 
 def holm(p_values):

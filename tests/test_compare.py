@@ -10,7 +10,7 @@ import pytest
 
 import main
 import utils
-from fllama import compare, figures, gains, launch, options, prepare, results
+from fllama import compare, figures, gains, launch, options, prepare, results, spread
 from fllama.figures import comparison_tables
 from fllama.results import compare_rows, comparison_row
 
@@ -44,16 +44,19 @@ def test_intervals_by_hand():
     half = pytest.approx(4.303 / 3**0.5, abs=1e-3)
     assert ab["mean"] - ab["low"] == half and ab["high"] - ab["mean"] == half
     assert ac["mean"] == 12 and 12 - ac["low"] == half and not ac["unresolved"]
-    assert (bc["low"], bc["high"], bc["unresolved"]) == (10, 10, False)
+    assert (bc["low"], bc["high"], bc["p"], bc["unresolved"]) == (10, 10, 0.25, True)  # equal: by their signs
     losses = [each for each in comparison["differences"] if each["of"] == "eval_loss"]
     assert all(each["mean"] == 0 and each["unresolved"] for each in losses)
     tables = comparison_tables(comparison)
-    assert sum("| unresolved |" in line for line in tables.splitlines()) == 4
+    assert sum("| unresolved |" in line for line in tables.splitlines()) == 5
     line = next(line for line in tables.splitlines() if line.startswith("| a - b"))
     assert "+2.0" in line and "-0.5 to +4.5" in line
-    # p is 0.0742, 0.0023 and 0: the largest of three counts once; 5 pairs would tell a difference of 2 deviations
-    assert [each["adjusted"] for each in (ab, ac, bc)] == pytest.approx([0.0742, 2 * 0.0023, 0], abs=1e-4)
-    assert ab["needed_repeats"] == 5 and [cell.strip() for cell in line.split("|")[4:7]] == ["0.074", "unresolved", "5"]
+    # p is 0.0742, 0.0023 and 0.25: the least of three counts three times. 5 pairs would tell a difference of 2
+    # deviations at 5%, and 6 at 5% / 3; equal differences of one sign are below 5% / 3 from 7 on
+    assert [each["adjusted"] for each in (ab, ac, bc)] == pytest.approx([2 * 0.0742, 3 * 0.00231, 0.25], abs=1e-4)
+    assert (ab["needed_repeats"], bc["needed_repeats"], ab["pairs"]) == (6, 7, 3)
+    assert [cell.strip() for cell in line.split("|")[4:7]] == ["0.148", "unresolved", "6"]
+    assert "| repeats needed |" in tables
     # the variance: splits 51 62 73 in the mean 11 apart, methods 62 60 50
     squares = {"split": 3 * 2 * 10.333**2, "method": 3 * (4.667**2 + 2.667**2 + 7.333**2)}
     assert comparison["variance"]["split"] / comparison["variance"]["method"] == pytest.approx(
@@ -135,10 +138,23 @@ def test_arms_and_their_flags():
 def test_interval_of_many_pairs():
     """Student's t of 9 degrees of freedom; a run that failed takes its pair along, and of 2 pairs there is none."""
     runs = [{"x": float(i)} for i in range(11)]
-    found = results.paired_difference([*runs, None], [{"x": 0.0}] * 10 + [None] * 2, "x")
+    found = spread.paired_test(results.paired_differences([*runs, None], [{"x": 0.0}] * 10 + [None] * 2, "x"))
     half = 2.262 * (sum((i - 4.5) ** 2 for i in range(10)) / 9) ** 0.5 / 10**0.5
     assert (found["mean"], found["high"]) == (4.5, pytest.approx(4.5 + half, abs=1e-3)) and found["p"] < 0.05
-    assert results.paired_difference(runs[:2], runs[:2], "x") is None
+    assert results.paired_differences(runs[:2], runs[:2], "x") == [0, 0] and spread.paired_test([0, 0]) is None
+    assert results.compare_pairs({"a": runs[:2], "b": runs[:2]}, "x", 1) == []
+
+
+def test_an_unresolved_pair_needs_more_repeats_than_it_has():
+    """Mean 1 and deviation 1 of five pairs: alone, p is 9% and 10 pairs would do; of 28 pairs of arms, more must be."""
+    steps = [-0.26491, 0.36754, 1.0, 1.63246, 2.26491]
+    runs_of = {"a": [{"x": step} for step in steps], "b": [{"x": 0.0}] * 5}
+    (alone,) = results.compare_pairs(runs_of, "x", 1)
+    assert (alone["unresolved"], alone["needed_repeats"]) == (True, 10)
+    for name in "cdefgh":
+        runs_of[name] = [{"x": 0.0}] * 5
+    first, *others = results.compare_pairs(runs_of, "x", 1)
+    assert len(others) == 27 and first["needed_repeats"] == spread.needed_repeats(1, 1, 0.05 / 28) > 10
 
 
 def test_a_pair_is_a_split_and_the_mean_of_its_seeds():
@@ -150,7 +166,8 @@ def test_a_pair_is_a_split_and_the_mean_of_its_seeds():
     comparison = compare_rows(["a", "b"], [[row("a", 51.0 + more), row("b", 50.0)] for more in range(4)], seeds=4)
     assert comparison["differences"][0]["mean"] == 2.5 and comparison["variance"]["split"] is None
     assert (comparison["repeats"], comparison["seeds"]) == (1, 4)
-    assert "training seeds of one split" in comparison_tables(comparison)
+    tables = comparison_tables(comparison)
+    assert "training seeds of one split" in tables and "| seeds needed |" in tables and "many seeds in all" in tables
 
 
 def test_columns_of_privacy_are_there_if_a_run_has_them():

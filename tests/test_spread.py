@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas
 import pytest
+from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
@@ -22,9 +23,16 @@ def test_paired_test_by_hand():
     t = 2 * 3**0.5
     assert found["p"] == pytest.approx(1 - t / math.sqrt(2 + t * t))
     assert spread.paired_test([1.0, 2.0]) is None
-    same = spread.paired_test([5.0, 5.0, 5.0])
-    assert (same["low"], same["high"], same["p"], same["needed_repeats"]) == (5, 5, 0, None)
     assert spread.paired_test([0.0] * 3)["p"] == 1
+
+
+def test_equal_differences_are_tested_by_their_signs():
+    """Three of one sign come by chance in 2 of 8 cases; 2 of 2^6 are the first below 5%, 2 of 2^9 below 0.5%."""
+    for differences in ([5.0] * 3, [0.1 + 0.2, 0.3, 0.3]):
+        same = spread.paired_test(differences)
+        assert (same["p"], same["needed_repeats"]) == (0.25, 6)
+    assert spread.paired_test([-5.0] * 6)["p"] == 1 / 32
+    assert spread.paired_test([5.0] * 3, 0.005)["needed_repeats"] == 9
 
 
 @pytest.mark.parametrize("effect", [2.0, 1.0, 0.5, 0.2, 0.1, -0.2])
@@ -36,6 +44,19 @@ def test_needed_repeats(effect):
     for pairs in (needed, 7):
         power = TTestPower().power(abs(effect), pairs, 0.05)
         assert spread.power_of_pairs(pairs, effect) == pytest.approx(power, abs=1e-6)
+
+
+@pytest.mark.parametrize("effect", [3.0, 1.0, 0.2])
+def test_needed_repeats_of_many_pairs(effect):
+    """Of 28 pairs of arms: at 5% / 28, which is enough for Holm, more are needed. Power against 100,000 draws."""
+    needed, level = spread.needed_repeats(effect, 1.0, 0.05 / 28), 0.05 / 28
+    assert needed > spread.needed_repeats(effect, 1.0)
+    assert spread.power_of_pairs(needed, effect, level) >= 0.8 > spread.power_of_pairs(needed - 1, effect, level)
+    rng, critical = np.random.default_rng(0), stats.t.ppf(1 - level / 2, needed - 1)
+    means = effect + rng.normal(size=100_000) / math.sqrt(needed)
+    deviations = np.sqrt(rng.chisquare(needed - 1, size=100_000) / (needed - 1))
+    found = np.mean(np.abs(means / deviations) * math.sqrt(needed) > critical)
+    assert spread.power_of_pairs(needed, effect, level) == pytest.approx(found, abs=0.01)
 
 
 def test_needed_repeats_that_cannot_be_told():
