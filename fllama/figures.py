@@ -5,7 +5,7 @@ import textwrap
 import numpy as np
 
 from fllama import report
-from fllama.spread import mean
+from fllama.spread import LEAST_ROWS, LEVEL, mean
 
 COLUMNS = {  # of the table: heading -> (what of a row, how)
     "held-out loss": ("eval_loss", "{:.3f}"),
@@ -31,6 +31,7 @@ NAMES = {"exact_match": "exact match", "token_accuracy": "token accuracy", "eval
 UNITS = {"bytes": 1e-6}  # of the table, where they are not those of the row
 EDGE = " (edge)"
 SMALL = 9  # points of a font
+BY_CHANCE = LEVEL / 2  # share of clients that are marked as harmed by chance, at most
 NAMED_CLIENTS = 3  # clients that are harmed, by name
 FACTORS = {"method": "the method", "split": "the split", "interaction": "the two together", "seed": "the training seed"}
 
@@ -130,13 +131,15 @@ def table_of_clients(rows):
 
 def table_of_gains(rows):
     """Return what each arm is worth to the clients; None without a local arm."""
-    lines = [["gain over local, on own rows", "mean", "least", "most", "harmed"]]
+    lines, most_told = [["gain over local, on own rows", "mean", "least", "most", "harmed"]], 0
     for row in rows:
         gains = sorted_gains(row)
         if not gains:
             continue
         harmed = [client for client, gain in gains if gain["harmed"]]
-        cell = f"{len(harmed)} of {len(gains)}"
+        told = [client for client, gain in gains if gain["harmed"] is not None]
+        most_told = max(most_told, len(told))
+        cell = f"{len(harmed)} of {len(told)}" if told else "-"
         if harmed:
             named = [name_of_client(client) for client in harmed[:NAMED_CLIENTS]]
             cell += f": {', '.join(named)}{' ...' if len(harmed) > NAMED_CLIENTS else ''}"
@@ -144,7 +147,11 @@ def table_of_gains(rows):
         lines.append([row["name"], *[f"{value:+.1f}" for value in (mean(means), means[0], means[-1])], cell])
     if len(lines) == 1:
         return None
-    return f"{align(lines)}\n\nPoints; harmed: the 95% interval of the client's gain, over its rows, is below 0."
+    note = "Points; harmed: the 95% interval of the client's gain, over its rows, is below 0, and where answers are right\n"
+    note += f"or wrong, McNemar's exact test says so, too. Of the clients that can be told: {LEAST_ROWS} rows or more."
+    if most_told:
+        note += f"\nAbout {BY_CHANCE * most_told:.1f} of {most_told} would be by chance."
+    return f"{align(lines)}\n\n{note}"
 
 
 def sorted_gains(row):
@@ -273,7 +280,7 @@ def plot_gains(axes, rows):
     axes.margins(x=0.05)
     axes.set_yticklabels([])
     axes.set_xlabel("gain over local, points: each client\non its own rows, 95% interval", fontsize=SMALL)
-    axes.set_title("orange: harmed, the interval is below 0", color=report.ORANGE, fontsize=SMALL, loc="left")
+    axes.set_title("orange: harmed", color=report.ORANGE, fontsize=SMALL, loc="left")
 
 
 def plot_comparison(comparison, path):

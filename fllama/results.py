@@ -180,7 +180,7 @@ def compare_runs(args, arms, runs, ended):
         for gain, name in gains.GAINS.items():
             baseline = next((arm for arm in arms if arm.split()[0] == name), row["name"])
             others[gain] = own[baseline] if baseline != row["name"] else {}
-        row |= chosen[row["name"]] | {"clients": gains.clients_of_arm(own[row["name"]], others)}
+        row |= chosen[row["name"]] | {"clients": gains.clients_of_arm(own[row["name"]], others, score)}
     return comparison
 
 

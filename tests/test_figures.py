@@ -80,6 +80,18 @@ def test_tables_fit_a_terminal():
     assert [cell.strip() for cell in line.split("|")[2:6]] == ["+2.5", "-15.0", "+20.0", "1 of 8: site 0"]
 
 
+def test_clients_that_cannot_be_told_are_not_counted():
+    comparison = comparison_of(8, ["local", "fedavg"])
+    for client in comparison["rows"][1]["clients"][4:]:
+        client["gain_over_local"] |= {"low": None, "high": None, "harmed": None}
+    text = figures.table_of_gains(comparison["rows"])
+    assert "| 1 of 4: site 0 |" in text and "About 0.1 of 4 would be by chance." in text
+    for client in comparison["rows"][1]["clients"]:
+        client["gain_over_local"]["harmed"] = None
+    text = figures.table_of_gains(comparison["rows"])
+    assert " by chance" not in text and [cell.strip() for cell in text.splitlines()[2].split("|")][-2] == "-"
+
+
 def test_one_flag_at_the_edge_says_nothing_of_another():
     comparison = comparison_of(0, ["fedavgm"])
     row = comparison["rows"][0]

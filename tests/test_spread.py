@@ -125,6 +125,15 @@ def test_gain_over_rows():
     assert spread.gain_over_rows([-100.0] * 5) == {"mean": -100, "low": None, "high": None, "harmed": None}
 
 
+def test_few_rows_do_not_harm():
+    """5 of 48 rows lost and none won are 6.2% by McNemar, 6 are 3.1%; 9 lost and 2 won 6.5%. The bootstrap is lax."""
+    for lost, won, harmed in ((5, 0, False), (6, 0, True), (9, 2, False), (12, 2, True)):
+        differences = [-100.0] * lost + [100.0] * won + [0.0] * (48 - lost - won)
+        gain = spread.gain_over_rows(differences)
+        assert gain["high"] < 0 and gain["harmed"] is harmed, (lost, won)
+        assert spread.gain_over_rows(differences, right_or_wrong=False)["harmed"] is True
+
+
 def test_interval_of_a_gain_holds_the_truth():
     """Of 200 clients without a gain, whose rows are won and lost at random, about 5% have intervals without 0."""
     rng = np.random.default_rng(0)
