@@ -19,10 +19,13 @@ ARMS = {  # name -> flags
     **{name: ["--lora_variant", name] for name in utils.LORA_VARIANTS if name != "lora"},
     "scaffold": ["--scaffold"],
 }
-COMMON_FLAGS = {"--seed", "--output_dir", "--overwrite", "--resume"}  # the same for all arms
+COMMON_FLAGS = """--seed --split_seed --output_dir --overwrite --resume --num_clients --partition --partition_column
+--dirichlet_alpha --own_eval_rows --max_length --dataset_path --dataset_config --dataset_train_split
+--dataset_test_split --columns --learn""".split()  # all arms have the same split, seeds and rows
 ONE_RUN = ["--compare", "", "--repeats", "1", "--seeds", "1"]
 NOT_SWEPT = """seed split_seed num_clients clients_per_round world_size own_eval_rows repeats seeds restarts timeout
-generate_samples show_rows""".split()  # numbers that no arm has as its own
+generate_samples show_rows dirichlet_alpha max_length max_new_tokens canaries dp_epsilon
+dp_delta""".split()  # numbers of no arm, or that change the question: rows, answers, privacy
 
 
 class Planned(NamedTuple):
@@ -48,24 +51,36 @@ def find_arms(listed):
         arm = " ".join([name, *flags])
         if name not in ARMS:
             fail(f"--compare: no run is named {name or 'nothing'}; choose from {', '.join(ARMS)}")
-        common = {flag.split("=")[0] for flag in flags} & COMMON_FLAGS
-        if common:
-            fail(f"--compare {text.strip()}: {common.pop()} is the same for all runs; write it outside of the list")
+        for flag in flags:
+            common = find_common(flag.split("=")[0])
+            if common:
+                fail(f"--compare {text.strip()}: {common} is the same for all runs; write it outside of the list")
         if arm in arms:
             fail(f"--compare: {text.strip()} is listed twice")
         arms[arm] = [*ARMS[name], *flags]
     return arms
 
 
+def find_common(word):
+    """Return the flag of COMMON_FLAGS that a word is or abbreviates; None if it is no such flag."""
+    if word in COMMON_FLAGS:
+        return word
+    if word.startswith("--"):
+        return next((flag for flag in COMMON_FLAGS if flag.startswith(word)), None)
+    return None
+
+
 def find_grid(args, flags, sweep):
     """Return what an arm with these flags tries: a list of {flag: value}, every combination of the values in `sweep`.
 
-    A flag that the arm has as its own stays as it is, and a setting of another strategy is not tried.
+    A flag that the arm has as its own stays as it is, and a setting of another strategy is not tried; nor is FedProx
+    where nothing is averaged.
     """
     tried = {}
     for flag, values in sweep.items():
         has_own = any(word.split("=")[0] == f"--{flag}" for word in flags)
         foreign = flag in options.SERVER_FLAGS and flag not in options.settings_of(args.aggregator)
+        foreign = foreign or flag == "prox_mu" and args.aggregator == "none"
         if not has_own and not foreign:
             tried[flag] = values
     return [dict(zip(tried, values)) for values in itertools.product(*tried.values())]

@@ -147,8 +147,9 @@ def table_of_gains(rows):
         lines.append([row["name"], *[f"{value:+.1f}" for value in (mean(means), means[0], means[-1])], cell])
     if len(lines) == 1:
         return None
-    note = "Points; harmed: the 95% interval of the client's gain, over its rows, is below 0, and where answers are right\n"
-    note += f"or wrong, McNemar's exact test says so, too. Of the clients that can be told: {LEAST_ROWS} rows or more."
+    note = "Points; harmed: the 95% interval of the client's gain, over its rows, is below 0, and where answers are\n"
+    note += "right or wrong, McNemar's exact test says so, too. "
+    note += f"Of the clients that can be told: {LEAST_ROWS} rows at least."
     if most_told:
         note += f"\nAbout {BY_CHANCE * most_told:.1f} of {most_told} would be by chance."
     return f"{align(lines)}\n\n{note}"

@@ -378,6 +378,31 @@ def test_runs_of_a_sweep(tmp_path):
     assert {run.args.own_eval_rows for run in runs} == {0}
 
 
+def test_no_sweep_of_fedprox_where_nothing_is_averaged(tmp_path):
+    runs = plan(tmp_path, "--compare", "local, centralized, fedavg", "--sweep", "prox_mu=0.01,0.1")
+    assert [run.values for run in runs] == [{}, {}, {"prox_mu": "0.01"}, {"prox_mu": "0.1"}]
+
+
+@pytest.mark.parametrize(
+    "flag", "split_seed num_clients partition partition_column dirichlet_alpha own_eval_rows max_length learn columns"
+    " dataset_path dataset_config dataset_train_split dataset_test_split num_cl".split()
+)  # fmt: skip
+def test_all_arms_have_the_same_split_and_rows(flag, capsys):
+    """Also if a flag is abbreviated, as argparse allows."""
+    for words in (f"--{flag} 1", f"--{flag}=1"):
+        with pytest.raises(SystemExit):
+            compare.find_arms(f"fedavg {words}, fedavg")
+        assert f"--{flag}" in (error := capsys.readouterr().err) and "is the same for all runs" in error
+    assert list(compare.find_arms("fedavg --dp_epsilon 8, local --learning_rate 1e-3, fedavg --lora_variant ffa"))
+
+
+@pytest.mark.parametrize("flag", "dirichlet_alpha max_length max_new_tokens canaries dp_epsilon dp_delta".split())
+def test_what_changes_the_question_is_not_swept(flag, capsys):
+    with pytest.raises(SystemExit):
+        compare.find_sweep(main.parse_args(["--compare", "fedavg", "--sweep", f"{flag}=0.1,1"]))
+    assert f"--sweep {flag}: this is no number that arms can have as their own" in capsys.readouterr().err
+
+
 def test_splits_and_seeds_are_crossed(tmp_path):
     """Each training seed is the same on every split; with one seed a repeat, as ever, the seed is that of the split."""
     seeds = [
