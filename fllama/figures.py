@@ -49,7 +49,7 @@ def comparison_tables(comparison):
         for score in (comparison["score"], "eval_loss"):
             tables.append(table_of_differences(comparison, score))
         tables.append(notes_on_differences(comparison))
-    else:
+    elif comparison["repeats"] * comparison["seeds"] == 1:
         advice = "--repeats 5 says which differences are larger."
         tables.append(f"One seed and one split: another split can change the order. {advice}")
     return "\n\n".join(filter(None, tables)) + "\n"
@@ -86,8 +86,9 @@ def swept_flags(rows):
 def notes_on_arms(comparison):
     rows, notes = comparison["rows"], []
     if any(row.get("interval") for row in rows):
-        notes.append("± is half of a 95% interval over the repeats (Student's t).")
-    if swept_flags(rows):
+        unit = "repeats" if comparison["repeats"] > 1 else "seeds"
+        notes.append(f"± is half of a 95% interval over the {unit} (Student's t).")
+    if comparison.get("swept"):
         notes.append("Values were chosen on one half of the global held-out rows; the scores are on the other.")
     if any((row.get("chosen") or {}).get("at_edge") for row in rows):
         notes.append("(edge): the best value is the first or last that was tried; there may be better ones beyond it.")
@@ -239,7 +240,8 @@ def draw_comparison(comparison):
     height = min(max(0.55, 0.07 * most_clients), 1.6)  # inches of an arm
     panels = 2 if most_clients else 1
     axes = report.new_axes((7.5, 1.1 + height * len(rows)), panels)
-    plot_scores(axes[0], rows, score)
+    questions = "the scored half of the questions" if comparison.get("swept") else "all questions"
+    plot_scores(axes[0], rows, score, questions)
     if most_clients:
         plot_gains(axes[1], rows)
     for each in axes:
@@ -251,7 +253,7 @@ def draw_comparison(comparison):
     return axes[0].figure
 
 
-def plot_scores(axes, rows, score):
+def plot_scores(axes, rows, score, questions):
     """Draw the mean of each arm with its 95% interval, and each of its runs as a small point."""
     for place, row in enumerate(rows):
         runs = [run[score] for run in row["runs"] if run[score] is not None]
@@ -264,7 +266,7 @@ def plot_scores(axes, rows, score):
         above = {"textcoords": "offset points", "color": report.BLUE, "ha": "center", "fontsize": SMALL}
         axes.annotate(label, (row[score], place), (0, 6), **above)
     axes.margins(x=0.12)
-    axes.set_xlabel(f"{NAMES[score]}, all questions, percent\n● mean, 95% interval  · each run", fontsize=SMALL)
+    axes.set_xlabel(f"{NAMES[score]}, {questions}, percent\n● mean, 95% interval  · each run", fontsize=SMALL)
 
 
 def plot_gains(axes, rows):

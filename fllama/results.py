@@ -157,7 +157,8 @@ def describe_choice(values, grid):
 def compare_runs(args, arms, runs, ended):
     """Return what comparison.json holds, of the runs of a comparison (compare.Planned) and whether each ended well.
 
-    With --sweep, each row is of the value that was best on the rows for choosing, and its scores are on the others.
+    With --sweep, each row is of the value that was best on the rows for choosing, and its scores are on the others:
+    also of an arm that has nothing to choose. `swept` names the flags.
     """
     runs_of, ended_of = collections.defaultdict(list), collections.defaultdict(list)
     for run, well in zip(runs, ended):
@@ -174,7 +175,8 @@ def compare_runs(args, arms, runs, ended):
         best, chosen[arm] = choose_value(candidates, grid, score, args.seed)
         columns.append([row_of_run(run, bool(args.sweep), args.seed) for run in best])
         own[arm] = gains.own_scores([run for run in best if run], score)
-    comparison = compare_rows(arms, list(zip(*columns)), args.seeds)
+    comparison = {"swept": [flag for flag, _ in args.sweep or []]}
+    comparison |= compare_rows(arms, list(zip(*columns)), args.seeds)
     for row in comparison["rows"]:
         others = {}  # what the row's clients are compared with
         for gain, name in gains.GAINS.items():
