@@ -169,10 +169,12 @@ def name_of_client(client):
 
 
 def describe_spread(comparison):
-    """Say in a sentence what the spread of the scores is made of."""
-    variance = comparison.get("variance")
+    """Say in a sentence what the spread of the scores is made of, and what was left out of it."""
+    variance, left_out = comparison.get("variance"), comparison.get("variance_of", {}).get("left_out")
+    without = f" Left out: {', '.join(left_out)}." if left_out else ""
     if not variance:
-        return None
+        text = f"What {NAMES[comparison['score']]} varies by cannot be told.{without}"
+        return "\n".join(textwrap.wrap(text, 110)) if without else None
     parts, hidden = [], []
     for factor, words in FACTORS.items():
         if variance[factor] is None:
@@ -183,6 +185,7 @@ def describe_spread(comparison):
     text += f"{100 * variance['residual']:.0f}% the rest."
     if hidden:
         text += f" Not told apart here: {', '.join(hidden)} (--repeats 3 --seeds 2 and two methods do)."
+    text += without
     return "\n".join(textwrap.wrap(text, 110))
 
 

@@ -212,7 +212,8 @@ def compare_rows(names, repeats, seeds=1):
     With several `seeds`, a repeat has as many lists, one after the other. Rows are means over the runs that have ended
     well. `differences` holds for each two arms the mean of the paired differences with its 95% interval: a pair is a
     split, the mean over its seeds, or with one split a seed. A pair of arms is unresolved if its p-value, corrected for
-    the number of all pairs (`adjusted`, Holm), is above 5%. `variance` has what the spread of the scores is made of.
+    the number of all pairs (`adjusted`, Holm), is above 5%. `variance` has what the spread of the scores is made of,
+    and `variance_of` the arms it is of, and what was left out.
     """
     runs_of = dict(zip(names, zip(*repeats)))
     splits = len(repeats) // seeds
@@ -228,7 +229,7 @@ def compare_rows(names, repeats, seeds=1):
         differences += compare_pairs(runs_of, key, seeds if splits > 1 else 1)
     comparison = {"repeats": splits, "seeds": seeds, "score": score, "rows": rows}
     if len(repeats) > 1:
-        comparison["variance"] = shares_of_runs(runs_of, score, splits, seeds)
+        comparison["variance"], comparison["variance_of"] = shares_of_runs(runs_of, score, splits, seeds)
     return comparison | {"differences": differences} if differences else comparison
 
 
@@ -274,10 +275,45 @@ def paired_differences(runs, others, key, group=1):
 
 
 def shares_of_runs(runs_of, key, splits, seeds):
-    """Return the variance shares of the arms whose runs have all ended well; None if there is none."""
-    scores = []
-    for runs in runs_of.values():
+    """Return (variance shares of the arms, of which table: `arms`, and `left_out` with the reasons).
+
+    The baselines are left out if two other arms remain: to train alone or to pool is no method of averaging, and its
+    distance from all others would be most of what is told. So are the splits on which all arms have failed (with one
+    split, the seeds), and then the arms of which a run has failed. None in place of shares if nothing remains.
+    """
+    scores, left_out = {}, []
+    for name, runs in runs_of.items():
         values = [run.get(key) if run else None for run in runs]
-        if None not in values:
-            scores.append(np.reshape(values, (splits, seeds)))
-    return spread.variance_shares(np.array(scores, dtype=float)) if scores else None
+        scores[name] = np.reshape(np.array(values, dtype=float), (splits, seeds))
+    averaging = {name: table for name, table in scores.items() if name.split()[0] not in gains.GAINS.values()}
+    complete = complete_arms(averaging)
+    if len(complete) < 2:
+        averaging, complete = scores, complete_arms(scores)
+    for name in runs_of:
+        if name not in averaging:
+            left_out.append(f"{name} (a baseline)")
+        elif name not in complete:
+            left_out.append(f"{name} (a run failed)")
+    table = np.array(list(complete.values()))
+    if not complete:
+        return None, {"arms": [], "left_out": left_out}
+    for unit, of_all, kept in (("splits", splits, table.shape[1]), ("seeds", seeds, table.shape[2])):
+        if kept < of_all:
+            left_out.append(f"{of_all - kept} of {of_all} {unit} (all arms failed)")
+    return spread.variance_shares(table), {"arms": list(complete), "left_out": left_out}
+
+
+def complete_arms(scores):
+    """Return {name: (splits, seeds)} of the arms without a failed run (nan), where it is not that all have failed.
+
+    A split in which all arms have failed with a seed is left out, so that the rest is balanced; of one split, the seed.
+    """
+    if not scores:
+        return {}
+    tables = np.array(list(scores.values()))  # (arms, splits, seeds)
+    failed = np.isnan(tables).all(axis=0)
+    if len(failed) > 1:
+        tables = tables[:, ~failed.any(axis=1)]
+    else:
+        tables = tables[:, :, ~failed[0]]
+    return {name: table for name, table in zip(scores, tables) if table.size and not np.isnan(table).any()}

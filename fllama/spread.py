@@ -106,19 +106,22 @@ def holm(p_values):
 def variance_shares(scores):
     """Return which share of the spread of `scores`, an array (methods, splits, seeds), each factor explains.
 
-    The analysis of variance of a balanced design with one run y[m, r, s] a cell (Fisher 1925, Statistical Methods for
-    Research Workers; Searle, Casella and McCulloch 1992, Variance Components): of the M R S runs, a dot is a mean,
+    Eta squared of a balanced design with one run y[m, r, s] a cell: sums of squares as shares of their total (Fisher
+    1925, Statistical Methods for Research Workers). They describe these runs, and are no estimates of variance
+    components. A training seed is nested in its split: the same number does other things on other rows. Of the
+    N = M R S runs, a dot is a mean,
 
         method       R S sum_m (y[m..] - y[...])^2
         split        M S sum_r (y[.r.] - y[...])^2
-        seed         M R sum_s (y[..s] - y[...])^2
+        seed           M sum_rs (y[.rs] - y[.r.])^2
         interaction    S sum_mr (y[mr.] - y[m..] - y[.r.] + y[...])^2, of method and split: another split, another order
         residual     what is left of sum_mrs (y[mrs] - y[...])^2
 
-    each divided by the last sum (eta squared), so that they add up to 1. What cannot be told apart is None: with one
-    seed, `seed` (which changes with the split and is in its share) and `interaction` (in the residual); with one split
-    or one method, that and the interaction. None in place of all if there is
-    no spread, or nothing but one factor.
+    each divided by the last sum, so that they add up to 1. A share is above 0 also where a factor does nothing: among
+    runs that differ by chance alone, (M - 1) / (N - 1) is expected of the method, and of the others their degrees of
+    freedom divided by N - 1. What cannot be told apart is None: with one seed, `seed` (which changes with the split and
+    is in its share) and `interaction` (in the residual); with one split or one method, that and the interaction. None
+    in place of all if there is no spread, or nothing but one factor.
     """
     methods, splits, seeds = scores.shape
     total = ((scores - scores.mean()) ** 2).sum()
@@ -126,11 +129,11 @@ def variance_shares(scores):
         return None
     of_method = scores.mean(axis=(1, 2)) - scores.mean()
     of_split = scores.mean(axis=(0, 2)) - scores.mean()
-    of_seed = scores.mean(axis=(0, 1)) - scores.mean()
+    of_seed = scores.mean(axis=0) - scores.mean(axis=(0, 2))[:, None]
     of_both = scores.mean(axis=2) - scores.mean() - of_method[:, None] - of_split
     sums = {
         "split": methods * seeds * (of_split**2).sum() if splits > 1 else None,
-        "seed": methods * splits * (of_seed**2).sum() if seeds > 1 else None,
+        "seed": methods * (of_seed**2).sum() if seeds > 1 else None,
         "method": splits * seeds * (of_method**2).sum() if methods > 1 else None,
         "interaction": seeds * (of_both**2).sum() if min(scores.shape) > 1 else None,
     }

@@ -101,6 +101,58 @@ def test_runs_that_failed_are_left_out_and_counted():
     assert "--repeats" in comparison_tables(comparison)
 
 
+def scores_of(**arms):
+    """Runs of arms, of their scores in the order of splits and seeds; None for one that failed."""
+    runs_of = {}
+    for name, scores in arms.items():
+        runs_of[name] = [None if score is None else {"x": float(score)} for score in scores]
+    return runs_of
+
+
+def test_a_refused_split_or_a_failed_run_does_not_empty_the_variance():
+    """All failed on the second split: the other three remain. One run of `c` failed: the other arms remain."""
+    whole = scores_of(a=[1, 2, 4], b=[2, 5, 3])
+    expected, of = results.shares_of_runs(whole, "x", 3, 1)
+    assert of == {"arms": ["a", "b"], "left_out": []}
+    runs_of = scores_of(a=[1, None, 2, 4], b=[2, None, 5, 3], c=[None, None, 1, 1])
+    shares, of = results.shares_of_runs(runs_of, "x", 4, 1)
+    assert shares == expected and of["arms"] == ["a", "b"]
+    assert of["left_out"] == ["c (a run failed)", "1 of 4 splits (all arms failed)"]
+    # with two seeds, a split that lacks one goes as a whole; of one split, only the seed
+    runs_of = scores_of(a=[1, 2, 9, None, 4, 3], b=[3, 5, 9, None, 6, 2])
+    shares, of = results.shares_of_runs(runs_of, "x", 3, 2)
+    assert shares == spread.variance_shares(np.array([[[1, 2], [4, 3]], [[3, 5], [6, 2]]]))
+    assert of["left_out"] == ["1 of 3 splits (all arms failed)"]
+    shares, of = results.shares_of_runs(scores_of(a=[1, None, 2, 4], b=[2, None, 5, 3]), "x", 1, 4)
+    assert shares["seed"] == expected["split"] and of["left_out"] == ["1 of 4 seeds (all arms failed)"]
+    shares, of = results.shares_of_runs(scores_of(a=[1, None, 2], b=[None, 3, 4]), "x", 3, 1)
+    assert (shares, of) == (None, {"arms": [], "left_out": ["a (a run failed)", "b (a run failed)"]})
+
+
+def test_baselines_are_not_in_the_variance():
+    """Unless fewer than two other arms remain."""
+    arms = {
+        "local --learning_rate 5e-3": [0, 1, 0],
+        "fedavg": [51, 52, 54],
+        "ffa": [52, 55, 53],
+        "centralized": [90] * 3,
+    }
+    shares, of = results.shares_of_runs(scores_of(**arms), "x", 3, 1)
+    assert shares == pytest.approx(results.shares_of_runs(scores_of(a=[1, 2, 4], b=[2, 5, 3]), "x", 3, 1)[0])
+    assert of["left_out"] == ["local --learning_rate 5e-3 (a baseline)", "centralized (a baseline)"]
+    shares, of = results.shares_of_runs(scores_of(**arms | {"ffa": [1, 2, None]}), "x", 3, 1)
+    assert of["arms"] == ["local --learning_rate 5e-3", "fedavg", "centralized"] and shares["method"] > 0.9
+
+
+def test_what_was_left_out_of_the_variance_is_said():
+    repeats = [[row("local", 1), row("a", 50), row("b", 40)], [row("local", 2), row("a", 60), row("b", 47)], [None] * 3]
+    text = " ".join(comparison_tables(compare_rows(["local", "a", "b"], repeats)).split())
+    assert "Left out: local (a baseline), 1 of 3 splits (all arms failed)." in text and "the method" in text
+    repeats = [[row("a", 50), None], [None, row("b", 40)], [None, None]]
+    text = " ".join(comparison_tables(compare_rows(["a", "b"], repeats)).split())
+    assert "varies by cannot be told. Left out: a (a run failed), b (a run failed)." in text
+
+
 def test_row_of_a_run(tmp_path):
     """Worst and mean of the clients; a loss that is no number is left out."""
     summary = {

@@ -84,8 +84,20 @@ def test_variance_shares_by_hand():
     shares = spread.variance_shares(np.stack([table, table + 2], axis=2))
     expected = {"split": 32 / 66, "seed": 8 / 66, "method": 18 / 66, "interaction": 8 / 66, "residual": 0}
     assert shares == pytest.approx(expected, abs=1e-12)
+    # a second seed that adds 2 on one split and takes 2 on the other: nothing in the mean, and as much in its split
+    shares = spread.variance_shares(np.stack([table, table + [2, -2]], axis=2))
+    assert shares["seed"] == pytest.approx(8 / (8 + 18 + 8 + 2 * 2 * 2 * 1)) and shares["residual"] == pytest.approx(0)
     assert spread.variance_shares(np.ones((2, 3, 2))) is None
     assert spread.variance_shares(np.arange(3.0).reshape(1, 3, 1)) is None  # nothing but one factor
+
+
+def test_shares_of_methods_that_change_nothing():
+    """Of runs that differ by chance alone, the method's mean is (M - 1) / (N - 1), a split's (R - 1) / (N - 1)."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(2000):
+        shares = spread.variance_shares(rng.normal(size=(5, 3, 2)))
+        found.append([shares["method"], shares["split"], shares["seed"], shares["interaction"]])
+    assert np.mean(found, axis=0) == pytest.approx([4 / 29, 2 / 29, 3 / 29, 8 / 29], abs=0.01)
 
 
 def test_variance_shares_are_those_of_an_anova():
@@ -93,8 +105,9 @@ def test_variance_shares_are_those_of_an_anova():
     rows = []
     for m, r, s in itertools.product(range(3), range(4), range(2)):
         rows.append({"method": m, "split": r, "seed": s, "score": scores[m, r, s]})
-    fitted = ols("score ~ C(split) + C(seed) + C(method) + C(method):C(split)", pandas.DataFrame(rows)).fit()
+    fitted = ols("score ~ C(split) + C(split):C(seed) + C(method) + C(method):C(split)", pandas.DataFrame(rows)).fit()
     squares = anova_lm(fitted)["sum_sq"]
+    squares = squares[["C(split)", "C(split):C(seed)", "C(method)", "C(method):C(split)", "Residual"]]
     shares = spread.variance_shares(scores)
     assert list(shares) == ["split", "seed", "method", "interaction", "residual"]
     assert list(shares.values()) == pytest.approx(list(squares / squares.sum()))
