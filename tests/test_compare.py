@@ -279,7 +279,7 @@ def swept_runs(folder):
         if sum(others) <= sum(choosing):
             others = [1.0 if number % 3 else other for number, other in zip(rows, others)]
         for value, right in (("1e-3", choosing), ("3e-3", others)):
-            place = leave_run(folder / f"{value}_{repeat}", [table("global", rows, right)])
+            place = leave_run(folder / f"{value}_{repeat}", [table("global", rows, right)], split=42 + repeat)
             runs.append(planned("fedavg", place, learning_rate=value))
     return runs
 
@@ -306,9 +306,20 @@ def test_a_sweep_that_sees_the_rows_that_it_is_scored_on_is_caught(tmp_path, mon
     with pytest.raises(AssertionError):
         assert_choice_is_blind(runs)
     monkeypatch.setattr(results, "scores_on", original)
-    monkeypatch.setattr(results, "choosing_half", lambda number, seed: number % 7 < 3)
+    assert_choice_is_blind(runs)
+    splits = []  # of the run whose scores were read last
+
+    def read_scores(folder):
+        splits.append(json.loads((folder / "partition.json").read_text())["seed"])
+        return gains.read_scores(folder)
+
+    monkeypatch.setattr(results, "read_scores", read_scores)
+    half = results.choosing_half
+    monkeypatch.setattr(results, "choosing_half", lambda number, seed: half(number, splits[-1]))
     with pytest.raises(AssertionError):
         assert_choice_is_blind(runs)
+    monkeypatch.setattr(results, "choosing_half", lambda number, seed: half(number, splits[0]))
+    assert_choice_is_blind(runs)  # it was the split
 
 
 def test_halves_are_the_same_on_every_split():
