@@ -19,10 +19,13 @@ ARMS = {  # name -> flags
     **{name: ["--lora_variant", name] for name in utils.LORA_VARIANTS if name != "lora"},
     "scaffold": ["--scaffold"],
 }
-COMMON_FLAGS = {"--seed", "--output_dir", "--overwrite", "--resume"}  # the same for all arms
+COMMON_FLAGS = """--seed --split_seed --output_dir --overwrite --resume --num_clients --partition --partition_column
+--dirichlet_alpha --own_eval_rows --max_length --dataset_path --dataset_config --dataset_train_split
+--dataset_test_split --columns --learn""".split()  # all arms have the same split, seeds and rows
 ONE_RUN = ["--compare", "", "--repeats", "1", "--seeds", "1"]
 NOT_SWEPT = """seed split_seed num_clients clients_per_round world_size own_eval_rows repeats seeds restarts timeout
-generate_samples show_rows""".split()  # numbers that no arm has as its own
+generate_samples show_rows dirichlet_alpha max_length max_new_tokens canaries dp_epsilon
+dp_delta""".split()  # numbers of no arm, or that change the question: rows, answers, privacy
 
 
 class Planned(NamedTuple):
@@ -48,24 +51,36 @@ def find_arms(listed):
         arm = " ".join([name, *flags])
         if name not in ARMS:
             fail(f"--compare: no run is named {name or 'nothing'}; choose from {', '.join(ARMS)}")
-        common = {flag.split("=")[0] for flag in flags} & COMMON_FLAGS
-        if common:
-            fail(f"--compare {text.strip()}: {common.pop()} is the same for all runs; write it outside of the list")
+        for flag in flags:
+            common = find_common(flag.split("=")[0])
+            if common:
+                fail(f"--compare {text.strip()}: {common} is the same for all runs; write it outside of the list")
         if arm in arms:
             fail(f"--compare: {text.strip()} is listed twice")
         arms[arm] = [*ARMS[name], *flags]
     return arms
 
 
+def find_common(word):
+    """Return the flag of COMMON_FLAGS that a word is or abbreviates; None if it is no such flag."""
+    if word in COMMON_FLAGS:
+        return word
+    if word.startswith("--"):
+        return next((flag for flag in COMMON_FLAGS if flag.startswith(word)), None)
+    return None
+
+
 def find_grid(args, flags, sweep):
     """Return what an arm with these flags tries: a list of {flag: value}, every combination of the values in `sweep`.
 
-    A flag that the arm has as its own stays as it is, and a setting of another strategy is not tried.
+    A flag that the arm has as its own stays as it is, and a setting of another strategy is not tried; nor is FedProx
+    where nothing is averaged.
     """
     tried = {}
     for flag, values in sweep.items():
         has_own = any(word.split("=")[0] == f"--{flag}" for word in flags)
         foreign = flag in options.SERVER_FLAGS and flag not in options.settings_of(args.aggregator)
+        foreign = foreign or flag == "prox_mu" and args.aggregator == "none"
         if not has_own and not foreign:
             tried[flag] = values
     return [dict(zip(tried, values)) for values in itertools.product(*tried.values())]
@@ -131,11 +146,8 @@ def compare(args, flags, parse_args, run_once):
     """
     folder, arms = Path(args.output_dir), find_arms(args.compare)
     runs = plan_runs(args, flags, arms, parse_args)
-    num_gpus, ranks = gpus.count_gpus(), {}
-    for run in runs[: len(runs) // (args.repeats * args.seeds)]:
-        checked = copy.copy(run.args)
-        prepare.find_rows(checked, num_gpus)  # what can be refused is refused before the first run
-        ranks[run.arm] = checked.world_size
+    num_gpus = gpus.count_gpus()
+    ranks = check_runs(runs, args.repeats * args.seeds, num_gpus)
     if args.overwrite:  # else an earlier one that was longer would be mixed with this one
         shutil.rmtree(folder / "comparison", ignore_errors=True)
     ended = run_all(runs, ranks, num_gpus, run_once)
@@ -150,6 +162,27 @@ def compare(args, flags, parse_args, run_once):
     print(f"\n{tables}\n{folder}/comparison.json, .md and .png", flush=True)
     if not all(ended):
         raise SystemExit(3)
+
+
+def check_runs(runs, repeats, num_gpus):
+    """Refuse what can be refused before the first run; returns {arm: processes that it needs}.
+
+    `runs` are `repeats` times as many as those of one split and seed, whose rows are looked at. A run that was started
+    must go on with its flags: else it would be refused in the middle, and look like a split that cannot be made.
+    """
+    ranks, of_one_repeat = {}, len(runs) // repeats
+    complete = []  # flags, with what the data set says of its clients
+    for run in runs[:of_one_repeat]:
+        checked = copy.copy(run.args)
+        prepare.find_rows(checked, num_gpus)
+        ranks[run.arm] = checked.world_size
+        complete.append(checked)
+    for number, run in enumerate(runs):
+        if run.args.resume:
+            checked = copy.copy(complete[number % of_one_repeat])
+            checked.seed, checked.split_seed = run.args.seed, run.args.split_seed
+            checkpoints.check_config(run.folder, checkpoints.make_config(checked))
+    return ranks
 
 
 def run_all(runs, ranks, num_gpus, run_once):

@@ -5,7 +5,7 @@ import textwrap
 import numpy as np
 
 from fllama import report
-from fllama.spread import mean
+from fllama.spread import LEAST_ROWS, LEVEL, mean
 
 COLUMNS = {  # of the table: heading -> (what of a row, how)
     "held-out loss": ("eval_loss", "{:.3f}"),
@@ -31,6 +31,7 @@ NAMES = {"exact_match": "exact match", "token_accuracy": "token accuracy", "eval
 UNITS = {"bytes": 1e-6}  # of the table, where they are not those of the row
 EDGE = " (edge)"
 SMALL = 9  # points of a font
+BY_CHANCE = LEVEL / 2  # share of clients that are marked as harmed by chance, at most
 NAMED_CLIENTS = 3  # clients that are harmed, by name
 FACTORS = {"method": "the method", "split": "the split", "interaction": "the two together", "seed": "the training seed"}
 
@@ -48,7 +49,7 @@ def comparison_tables(comparison):
         for score in (comparison["score"], "eval_loss"):
             tables.append(table_of_differences(comparison, score))
         tables.append(notes_on_differences(comparison))
-    else:
+    elif comparison["repeats"] * comparison["seeds"] == 1:
         advice = "--repeats 5 says which differences are larger."
         tables.append(f"One seed and one split: another split can change the order. {advice}")
     return "\n\n".join(filter(None, tables)) + "\n"
@@ -85,8 +86,9 @@ def swept_flags(rows):
 def notes_on_arms(comparison):
     rows, notes = comparison["rows"], []
     if any(row.get("interval") for row in rows):
-        notes.append("± is half of a 95% interval over the repeats (Student's t).")
-    if swept_flags(rows):
+        unit = "repeats" if comparison["repeats"] > 1 else "seeds"
+        notes.append(f"± is half of a 95% interval over the {unit} (Student's t).")
+    if comparison.get("swept"):
         notes.append("Values were chosen on one half of the global held-out rows; the scores are on the other.")
     if any((row.get("chosen") or {}).get("at_edge") for row in rows):
         notes.append("(edge): the best value is the first or last that was tried; there may be better ones beyond it.")
@@ -130,13 +132,15 @@ def table_of_clients(rows):
 
 def table_of_gains(rows):
     """Return what each arm is worth to the clients; None without a local arm."""
-    lines = [["gain over local, on own rows", "mean", "least", "most", "harmed"]]
+    lines, most_told = [["gain over local, on own rows", "mean", "least", "most", "harmed"]], 0
     for row in rows:
         gains = sorted_gains(row)
         if not gains:
             continue
         harmed = [client for client, gain in gains if gain["harmed"]]
-        cell = f"{len(harmed)} of {len(gains)}"
+        told = [client for client, gain in gains if gain["harmed"] is not None]
+        most_told = max(most_told, len(told))
+        cell = f"{len(harmed)} of {len(told)}" if told else "-"
         if harmed:
             named = [name_of_client(client) for client in harmed[:NAMED_CLIENTS]]
             cell += f": {', '.join(named)}{' ...' if len(harmed) > NAMED_CLIENTS else ''}"
@@ -144,7 +148,12 @@ def table_of_gains(rows):
         lines.append([row["name"], *[f"{value:+.1f}" for value in (mean(means), means[0], means[-1])], cell])
     if len(lines) == 1:
         return None
-    return f"{align(lines)}\n\nPoints; harmed: the 95% interval of the client's gain, over its rows, is below 0."
+    note = "Points; harmed: the 95% interval of the client's gain, over its rows, is below 0, and where answers are\n"
+    note += "right or wrong, McNemar's exact test says so, too. "
+    note += f"Of the clients that can be told: {LEAST_ROWS} rows at least."
+    if most_told:
+        note += f"\nAbout {BY_CHANCE * most_told:.1f} of {most_told} would be by chance."
+    return f"{align(lines)}\n\n{note}"
 
 
 def sorted_gains(row):
@@ -160,10 +169,12 @@ def name_of_client(client):
 
 
 def describe_spread(comparison):
-    """Say in a sentence what the spread of the scores is made of."""
-    variance = comparison.get("variance")
+    """Say in a sentence what the spread of the scores is made of, and what was left out of it."""
+    variance, left_out = comparison.get("variance"), comparison.get("variance_of", {}).get("left_out")
+    without = f" Left out: {', '.join(left_out)}." if left_out else ""
     if not variance:
-        return None
+        text = f"What {NAMES[comparison['score']]} varies by cannot be told.{without}"
+        return "\n".join(textwrap.wrap(text, 110)) if without else None
     parts, hidden = [], []
     for factor, words in FACTORS.items():
         if variance[factor] is None:
@@ -174,12 +185,14 @@ def describe_spread(comparison):
     text += f"{100 * variance['residual']:.0f}% the rest."
     if hidden:
         text += f" Not told apart here: {', '.join(hidden)} (--repeats 3 --seeds 2 and two methods do)."
+    text += without
     return "\n".join(textwrap.wrap(text, 110))
 
 
 def table_of_differences(comparison, score):
     form = "{:+.3f}" if score == "eval_loss" else "{:+.1f}"
-    lines = [[f"difference in {NAMES[score]}", "mean", "95% interval", "p (Holm)", "verdict", "repeats needed"]]
+    needed = "repeats needed" if comparison["repeats"] > 1 else "seeds needed"
+    lines = [[f"difference in {NAMES[score]}", "mean", "95% interval", "p (Holm)", "verdict", needed]]
     for each in comparison["differences"]:
         if each["of"] != score:
             continue
@@ -192,11 +205,13 @@ def table_of_differences(comparison, score):
 
 
 def notes_on_differences(comparison):
-    unit = "splits" if comparison["repeats"] > 1 else "training seeds of one split"
+    unit, needed = "splits", "repeats"
+    if comparison["repeats"] == 1:
+        unit, needed = "training seeds of one split", "seeds"
     return (
         f"Paired over the {unit}. Each interval is of its pair alone; the p-values are corrected for all pairs of the\n"
-        "table (Holm), and a pair is unresolved above 0.05. Needed: that many repeats in all would find such a\n"
-        "difference, tested by itself, with power 0.8 (paired t-test at 5%)."
+        f"table (Holm), and a pair is unresolved above 0.05. Needed: that many {needed} in all would find such a\n"
+        "difference with power 0.8 (paired t-test at 5% divided by the number of pairs, which is enough for Holm)."
     )
 
 
@@ -228,7 +243,8 @@ def draw_comparison(comparison):
     height = min(max(0.55, 0.07 * most_clients), 1.6)  # inches of an arm
     panels = 2 if most_clients else 1
     axes = report.new_axes((7.5, 1.1 + height * len(rows)), panels)
-    plot_scores(axes[0], rows, score)
+    questions = "the scored half of the questions" if comparison.get("swept") else "all questions"
+    plot_scores(axes[0], rows, score, questions)
     if most_clients:
         plot_gains(axes[1], rows)
     for each in axes:
@@ -240,7 +256,7 @@ def draw_comparison(comparison):
     return axes[0].figure
 
 
-def plot_scores(axes, rows, score):
+def plot_scores(axes, rows, score, questions):
     """Draw the mean of each arm with its 95% interval, and each of its runs as a small point."""
     for place, row in enumerate(rows):
         runs = [run[score] for run in row["runs"] if run[score] is not None]
@@ -253,7 +269,7 @@ def plot_scores(axes, rows, score):
         above = {"textcoords": "offset points", "color": report.BLUE, "ha": "center", "fontsize": SMALL}
         axes.annotate(label, (row[score], place), (0, 6), **above)
     axes.margins(x=0.12)
-    axes.set_xlabel(f"{NAMES[score]}, all questions, percent\n● mean, 95% interval  · each run", fontsize=SMALL)
+    axes.set_xlabel(f"{NAMES[score]}, {questions}, percent\n● mean, 95% interval  · each run", fontsize=SMALL)
 
 
 def plot_gains(axes, rows):
@@ -270,7 +286,7 @@ def plot_gains(axes, rows):
     axes.margins(x=0.05)
     axes.set_yticklabels([])
     axes.set_xlabel("gain over local, points: each client\non its own rows, 95% interval", fontsize=SMALL)
-    axes.set_title("orange: harmed, the interval is below 0", color=report.ORANGE, fontsize=SMALL, loc="left")
+    axes.set_title("orange: harmed", color=report.ORANGE, fontsize=SMALL, loc="left")
 
 
 def plot_comparison(comparison, path):

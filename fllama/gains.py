@@ -40,11 +40,12 @@ def score_of_rows(table, score):
     return [correct / tokens if tokens else None for correct, tokens in zip(table["correct"], table["tokens"])]
 
 
-def clients_of_arm(own, own_of_baselines):
+def clients_of_arm(own, own_of_baselines, score):
     """Return `clients` of a row: of each client its mean score on its own held-out rows, and what it has gained.
 
-    `own` is from `own_scores`, `own_of_baselines` has the same of a baseline for each of GAINS, or {} for no gain. A
-    gain is over the same rows of the baseline; each row counts once, with its mean over the runs that held it out.
+    `own` is from `own_scores` of `score`, `own_of_baselines` has the same of a baseline for each of GAINS, or {} for no
+    gain. A gain is over the same rows of the baseline; each row counts once, with its mean over the runs that held it
+    out.
     """
     clients = []
     for key, rows in sorted(own.items(), key=in_order):
@@ -56,7 +57,7 @@ def clients_of_arm(own, own_of_baselines):
             for number, values in baseline.get(key, {}).items():
                 if number in scores:
                     differences.append(scores[number] - mean(values))
-            each[gain] = spread.gain_over_rows(differences) if differences else None
+            each[gain] = spread.gain_over_rows(differences, score == "exact_match") if differences else None
         clients.append(each)
     return clients
 

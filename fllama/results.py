@@ -157,7 +157,8 @@ def describe_choice(values, grid):
 def compare_runs(args, arms, runs, ended):
     """Return what comparison.json holds, of the runs of a comparison (compare.Planned) and whether each ended well.
 
-    With --sweep, each row is of the value that was best on the rows for choosing, and its scores are on the others.
+    With --sweep, each row is of the value that was best on the rows for choosing, and its scores are on the others:
+    also of an arm that has nothing to choose. `swept` names the flags.
     """
     runs_of, ended_of = collections.defaultdict(list), collections.defaultdict(list)
     for run, well in zip(runs, ended):
@@ -174,13 +175,14 @@ def compare_runs(args, arms, runs, ended):
         best, chosen[arm] = choose_value(candidates, grid, score, args.seed)
         columns.append([row_of_run(run, bool(args.sweep), args.seed) for run in best])
         own[arm] = gains.own_scores([run for run in best if run], score)
-    comparison = compare_rows(arms, list(zip(*columns)), args.seeds)
+    comparison = {"swept": [flag for flag, _ in args.sweep or []]}
+    comparison |= compare_rows(arms, list(zip(*columns)), args.seeds)
     for row in comparison["rows"]:
         others = {}  # what the row's clients are compared with
         for gain, name in gains.GAINS.items():
             baseline = next((arm for arm in arms if arm.split()[0] == name), row["name"])
             others[gain] = own[baseline] if baseline != row["name"] else {}
-        row |= chosen[row["name"]] | {"clients": gains.clients_of_arm(own[row["name"]], others)}
+        row |= chosen[row["name"]] | {"clients": gains.clients_of_arm(own[row["name"]], others, score)}
     return comparison
 
 
@@ -210,7 +212,8 @@ def compare_rows(names, repeats, seeds=1):
     With several `seeds`, a repeat has as many lists, one after the other. Rows are means over the runs that have ended
     well. `differences` holds for each two arms the mean of the paired differences with its 95% interval: a pair is a
     split, the mean over its seeds, or with one split a seed. A pair of arms is unresolved if its p-value, corrected for
-    the number of all pairs (`adjusted`, Holm), is above 5%. `variance` has what the spread of the scores is made of.
+    the number of all pairs (`adjusted`, Holm), is above 5%. `variance` has what the spread of the scores is made of,
+    and `variance_of` the arms it is of, and what was left out.
     """
     runs_of = dict(zip(names, zip(*repeats)))
     splits = len(repeats) // seeds
@@ -226,7 +229,7 @@ def compare_rows(names, repeats, seeds=1):
         differences += compare_pairs(runs_of, key, seeds if splits > 1 else 1)
     comparison = {"repeats": splits, "seeds": seeds, "score": score, "rows": rows}
     if len(repeats) > 1:
-        comparison["variance"] = shares_of_runs(runs_of, score, splits, seeds)
+        comparison["variance"], comparison["variance_of"] = shares_of_runs(runs_of, score, splits, seeds)
     return comparison | {"differences": differences} if differences else comparison
 
 
@@ -243,30 +246,74 @@ def means_of_groups(values, group):
 
 
 def compare_pairs(runs_of, key, group):
-    pairs = []
+    """Return the paired test of each two arms that have enough pairs for one, see spread.paired_test.
+
+    Repeats are needed for 5% divided by the number of tests, which is enough for Holm whatever the others come to.
+    """
+    found, pairs = {}, []
     for a, b in itertools.combinations(runs_of, 2):
-        difference = paired_difference(runs_of[a], runs_of[b], key, group)
-        if difference:
-            pairs.append({"a": a, "b": b, "of": key} | difference)
+        differences = paired_differences(runs_of[a], runs_of[b], key, group)
+        if len(differences) >= spread.LEAST_PAIRS:
+            found[a, b] = differences
+    for (a, b), differences in found.items():
+        test = spread.paired_test(differences, spread.LEVEL / len(found))
+        pairs.append({"a": a, "b": b, "of": key, "pairs": len(differences)} | test)
     for pair, adjusted in zip(pairs, spread.holm([pair["p"] for pair in pairs])):
         pair |= {"adjusted": adjusted, "unresolved": adjusted > spread.LEVEL}
+        if pair["unresolved"] and pair["needed_repeats"]:
+            pair["needed_repeats"] = max(pair["needed_repeats"], pair["pairs"] + 1)
     return pairs
 
 
-def paired_difference(runs, others, key, group=1):
-    """Return the paired test of two arms, see spread.paired_test, over the means of each `group` of runs."""
+def paired_differences(runs, others, key, group=1):
+    """Return the differences of two arms, the mean over each `group` of runs; without those that a failed run lacks."""
     differences = []
     for run, other in zip(runs, others):
         both = run and other and run.get(key) is not None and other.get(key) is not None
         differences.append(run[key] - other[key] if both else None)
-    return spread.paired_test(means_of_groups(differences, group))
+    return means_of_groups(differences, group)
 
 
 def shares_of_runs(runs_of, key, splits, seeds):
-    """Return the variance shares of the arms whose runs have all ended well; None if there is none."""
-    scores = []
-    for runs in runs_of.values():
+    """Return (variance shares of the arms, of which table: `arms`, and `left_out` with the reasons).
+
+    The baselines are left out if two other arms remain: to train alone or to pool is no method of averaging, and its
+    distance from all others would be most of what is told. So are the splits on which all arms have failed (with one
+    split, the seeds), and then the arms of which a run has failed. None in place of shares if nothing remains.
+    """
+    scores, left_out = {}, []
+    for name, runs in runs_of.items():
         values = [run.get(key) if run else None for run in runs]
-        if None not in values:
-            scores.append(np.reshape(values, (splits, seeds)))
-    return spread.variance_shares(np.array(scores, dtype=float)) if scores else None
+        scores[name] = np.reshape(np.array(values, dtype=float), (splits, seeds))
+    averaging = {name: table for name, table in scores.items() if name.split()[0] not in gains.GAINS.values()}
+    complete = complete_arms(averaging)
+    if len(complete) < 2:
+        averaging, complete = scores, complete_arms(scores)
+    for name in runs_of:
+        if name not in averaging:
+            left_out.append(f"{name} (a baseline)")
+        elif name not in complete:
+            left_out.append(f"{name} (a run failed)")
+    table = np.array(list(complete.values()))
+    if not complete:
+        return None, {"arms": [], "left_out": left_out}
+    for unit, of_all, kept in (("splits", splits, table.shape[1]), ("seeds", seeds, table.shape[2])):
+        if kept < of_all:
+            left_out.append(f"{of_all - kept} of {of_all} {unit} (all arms failed)")
+    return spread.variance_shares(table), {"arms": list(complete), "left_out": left_out}
+
+
+def complete_arms(scores):
+    """Return {name: (splits, seeds)} of the arms without a failed run (nan), where it is not that all have failed.
+
+    A split in which all arms have failed with a seed is left out, so that the rest is balanced; of one split, the seed.
+    """
+    if not scores:
+        return {}
+    tables = np.array(list(scores.values()))  # (arms, splits, seeds)
+    failed = np.isnan(tables).all(axis=0)
+    if len(failed) > 1:
+        tables = tables[:, ~failed.any(axis=1)]
+    else:
+        tables = tables[:, :, ~failed[0]]
+    return {name: table for name, table in zip(scores, tables) if table.size and not np.isnan(table).any()}

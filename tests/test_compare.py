@@ -10,7 +10,7 @@ import pytest
 
 import main
 import utils
-from fllama import compare, figures, gains, launch, options, prepare, results
+from fllama import compare, figures, gains, launch, options, prepare, results, spread
 from fllama.figures import comparison_tables
 from fllama.results import compare_rows, comparison_row
 
@@ -44,16 +44,19 @@ def test_intervals_by_hand():
     half = pytest.approx(4.303 / 3**0.5, abs=1e-3)
     assert ab["mean"] - ab["low"] == half and ab["high"] - ab["mean"] == half
     assert ac["mean"] == 12 and 12 - ac["low"] == half and not ac["unresolved"]
-    assert (bc["low"], bc["high"], bc["unresolved"]) == (10, 10, False)
+    assert (bc["low"], bc["high"], bc["p"], bc["unresolved"]) == (10, 10, 0.25, True)  # equal: by their signs
     losses = [each for each in comparison["differences"] if each["of"] == "eval_loss"]
     assert all(each["mean"] == 0 and each["unresolved"] for each in losses)
     tables = comparison_tables(comparison)
-    assert sum("| unresolved |" in line for line in tables.splitlines()) == 4
+    assert sum("| unresolved |" in line for line in tables.splitlines()) == 5
     line = next(line for line in tables.splitlines() if line.startswith("| a - b"))
     assert "+2.0" in line and "-0.5 to +4.5" in line
-    # p is 0.0742, 0.0023 and 0: the largest of three counts once; 5 pairs would tell a difference of 2 deviations
-    assert [each["adjusted"] for each in (ab, ac, bc)] == pytest.approx([0.0742, 2 * 0.0023, 0], abs=1e-4)
-    assert ab["needed_repeats"] == 5 and [cell.strip() for cell in line.split("|")[4:7]] == ["0.074", "unresolved", "5"]
+    # p is 0.0742, 0.0023 and 0.25: the least of three counts three times. 5 pairs would tell a difference of 2
+    # deviations at 5%, and 6 at 5% / 3; equal differences of one sign are below 5% / 3 from 7 on
+    assert [each["adjusted"] for each in (ab, ac, bc)] == pytest.approx([2 * 0.0742, 3 * 0.00231, 0.25], abs=1e-4)
+    assert (ab["needed_repeats"], bc["needed_repeats"], ab["pairs"]) == (6, 7, 3)
+    assert [cell.strip() for cell in line.split("|")[4:7]] == ["0.148", "unresolved", "6"]
+    assert "| repeats needed |" in tables
     # the variance: splits 51 62 73 in the mean 11 apart, methods 62 60 50
     squares = {"split": 3 * 2 * 10.333**2, "method": 3 * (4.667**2 + 2.667**2 + 7.333**2)}
     assert comparison["variance"]["split"] / comparison["variance"]["method"] == pytest.approx(
@@ -98,6 +101,58 @@ def test_runs_that_failed_are_left_out_and_counted():
     assert "--repeats" in comparison_tables(comparison)
 
 
+def scores_of(**arms):
+    """Runs of arms, of their scores in the order of splits and seeds; None for one that failed."""
+    runs_of = {}
+    for name, scores in arms.items():
+        runs_of[name] = [None if score is None else {"x": float(score)} for score in scores]
+    return runs_of
+
+
+def test_a_refused_split_or_a_failed_run_does_not_empty_the_variance():
+    """All failed on the second split: the other three remain. One run of `c` failed: the other arms remain."""
+    whole = scores_of(a=[1, 2, 4], b=[2, 5, 3])
+    expected, of = results.shares_of_runs(whole, "x", 3, 1)
+    assert of == {"arms": ["a", "b"], "left_out": []}
+    runs_of = scores_of(a=[1, None, 2, 4], b=[2, None, 5, 3], c=[None, None, 1, 1])
+    shares, of = results.shares_of_runs(runs_of, "x", 4, 1)
+    assert shares == expected and of["arms"] == ["a", "b"]
+    assert of["left_out"] == ["c (a run failed)", "1 of 4 splits (all arms failed)"]
+    # with two seeds, a split that lacks one goes as a whole; of one split, only the seed
+    runs_of = scores_of(a=[1, 2, 9, None, 4, 3], b=[3, 5, 9, None, 6, 2])
+    shares, of = results.shares_of_runs(runs_of, "x", 3, 2)
+    assert shares == spread.variance_shares(np.array([[[1, 2], [4, 3]], [[3, 5], [6, 2]]]))
+    assert of["left_out"] == ["1 of 3 splits (all arms failed)"]
+    shares, of = results.shares_of_runs(scores_of(a=[1, None, 2, 4], b=[2, None, 5, 3]), "x", 1, 4)
+    assert shares["seed"] == expected["split"] and of["left_out"] == ["1 of 4 seeds (all arms failed)"]
+    shares, of = results.shares_of_runs(scores_of(a=[1, None, 2], b=[None, 3, 4]), "x", 3, 1)
+    assert (shares, of) == (None, {"arms": [], "left_out": ["a (a run failed)", "b (a run failed)"]})
+
+
+def test_baselines_are_not_in_the_variance():
+    """Unless fewer than two other arms remain."""
+    arms = {
+        "local --learning_rate 5e-3": [0, 1, 0],
+        "fedavg": [51, 52, 54],
+        "ffa": [52, 55, 53],
+        "centralized": [90] * 3,
+    }
+    shares, of = results.shares_of_runs(scores_of(**arms), "x", 3, 1)
+    assert shares == pytest.approx(results.shares_of_runs(scores_of(a=[1, 2, 4], b=[2, 5, 3]), "x", 3, 1)[0])
+    assert of["left_out"] == ["local --learning_rate 5e-3 (a baseline)", "centralized (a baseline)"]
+    shares, of = results.shares_of_runs(scores_of(**arms | {"ffa": [1, 2, None]}), "x", 3, 1)
+    assert of["arms"] == ["local --learning_rate 5e-3", "fedavg", "centralized"] and shares["method"] > 0.9
+
+
+def test_what_was_left_out_of_the_variance_is_said():
+    repeats = [[row("local", 1), row("a", 50), row("b", 40)], [row("local", 2), row("a", 60), row("b", 47)], [None] * 3]
+    text = " ".join(comparison_tables(compare_rows(["local", "a", "b"], repeats)).split())
+    assert "Left out: local (a baseline), 1 of 3 splits (all arms failed)." in text and "the method" in text
+    repeats = [[row("a", 50), None], [None, row("b", 40)], [None, None]]
+    text = " ".join(comparison_tables(compare_rows(["a", "b"], repeats)).split())
+    assert "varies by cannot be told. Left out: a (a run failed), b (a run failed)." in text
+
+
 def test_row_of_a_run(tmp_path):
     """Worst and mean of the clients; a loss that is no number is left out."""
     summary = {
@@ -135,10 +190,23 @@ def test_arms_and_their_flags():
 def test_interval_of_many_pairs():
     """Student's t of 9 degrees of freedom; a run that failed takes its pair along, and of 2 pairs there is none."""
     runs = [{"x": float(i)} for i in range(11)]
-    found = results.paired_difference([*runs, None], [{"x": 0.0}] * 10 + [None] * 2, "x")
+    found = spread.paired_test(results.paired_differences([*runs, None], [{"x": 0.0}] * 10 + [None] * 2, "x"))
     half = 2.262 * (sum((i - 4.5) ** 2 for i in range(10)) / 9) ** 0.5 / 10**0.5
     assert (found["mean"], found["high"]) == (4.5, pytest.approx(4.5 + half, abs=1e-3)) and found["p"] < 0.05
-    assert results.paired_difference(runs[:2], runs[:2], "x") is None
+    assert results.paired_differences(runs[:2], runs[:2], "x") == [0, 0] and spread.paired_test([0, 0]) is None
+    assert results.compare_pairs({"a": runs[:2], "b": runs[:2]}, "x", 1) == []
+
+
+def test_an_unresolved_pair_needs_more_repeats_than_it_has():
+    """Mean 1 and deviation 1 of five pairs: alone, p is 9% and 10 pairs would do; of 28 pairs of arms, more must be."""
+    steps = [-0.26491, 0.36754, 1.0, 1.63246, 2.26491]
+    runs_of = {"a": [{"x": step} for step in steps], "b": [{"x": 0.0}] * 5}
+    (alone,) = results.compare_pairs(runs_of, "x", 1)
+    assert (alone["unresolved"], alone["needed_repeats"]) == (True, 10)
+    for name in "cdefgh":
+        runs_of[name] = [{"x": 0.0}] * 5
+    first, *others = results.compare_pairs(runs_of, "x", 1)
+    assert len(others) == 27 and first["needed_repeats"] == spread.needed_repeats(1, 1, 0.05 / 28) > 10
 
 
 def test_a_pair_is_a_split_and_the_mean_of_its_seeds():
@@ -150,7 +218,8 @@ def test_a_pair_is_a_split_and_the_mean_of_its_seeds():
     comparison = compare_rows(["a", "b"], [[row("a", 51.0 + more), row("b", 50.0)] for more in range(4)], seeds=4)
     assert comparison["differences"][0]["mean"] == 2.5 and comparison["variance"]["split"] is None
     assert (comparison["repeats"], comparison["seeds"]) == (1, 4)
-    assert "training seeds of one split" in comparison_tables(comparison)
+    tables = comparison_tables(comparison)
+    assert "training seeds of one split" in tables and "| seeds needed |" in tables and "many seeds in all" in tables
 
 
 def test_columns_of_privacy_are_there_if_a_run_has_them():
@@ -210,7 +279,7 @@ def swept_runs(folder):
         if sum(others) <= sum(choosing):
             others = [1.0 if number % 3 else other for number, other in zip(rows, others)]
         for value, right in (("1e-3", choosing), ("3e-3", others)):
-            place = leave_run(folder / f"{value}_{repeat}", [table("global", rows, right)])
+            place = leave_run(folder / f"{value}_{repeat}", [table("global", rows, right)], split=42 + repeat)
             runs.append(planned("fedavg", place, learning_rate=value))
     return runs
 
@@ -237,9 +306,20 @@ def test_a_sweep_that_sees_the_rows_that_it_is_scored_on_is_caught(tmp_path, mon
     with pytest.raises(AssertionError):
         assert_choice_is_blind(runs)
     monkeypatch.setattr(results, "scores_on", original)
-    monkeypatch.setattr(results, "choosing_half", lambda number, seed: number % 7 < 3)
+    assert_choice_is_blind(runs)
+    splits = []  # of the run whose scores were read last
+
+    def read_scores(folder):
+        splits.append(json.loads((folder / "partition.json").read_text())["seed"])
+        return gains.read_scores(folder)
+
+    monkeypatch.setattr(results, "read_scores", read_scores)
+    half = results.choosing_half
+    monkeypatch.setattr(results, "choosing_half", lambda number, seed: half(number, splits[-1]))
     with pytest.raises(AssertionError):
         assert_choice_is_blind(runs)
+    monkeypatch.setattr(results, "choosing_half", lambda number, seed: half(number, splits[0]))
+    assert_choice_is_blind(runs)  # it was the split
 
 
 def test_halves_are_the_same_on_every_split():
@@ -359,6 +439,31 @@ def test_runs_of_a_sweep(tmp_path):
     assert runs[3].args.server_lr == 0.3 and len({run.folder for run in runs}) == 9
     assert runs[0].folder.name == "local_--learning_rate_5e-3_seed_42"
     assert {run.args.own_eval_rows for run in runs} == {0}
+
+
+def test_no_sweep_of_fedprox_where_nothing_is_averaged(tmp_path):
+    runs = plan(tmp_path, "--compare", "local, centralized, fedavg", "--sweep", "prox_mu=0.01,0.1")
+    assert [run.values for run in runs] == [{}, {}, {"prox_mu": "0.01"}, {"prox_mu": "0.1"}]
+
+
+@pytest.mark.parametrize(
+    "flag", "split_seed num_clients partition partition_column dirichlet_alpha own_eval_rows max_length learn columns"
+    " dataset_path dataset_config dataset_train_split dataset_test_split num_cl".split()
+)  # fmt: skip
+def test_all_arms_have_the_same_split_and_rows(flag, capsys):
+    """Also if a flag is abbreviated, as argparse allows."""
+    for words in (f"--{flag} 1", f"--{flag}=1"):
+        with pytest.raises(SystemExit):
+            compare.find_arms(f"fedavg {words}, fedavg")
+        assert f"--{flag}" in (error := capsys.readouterr().err) and "is the same for all runs" in error
+    assert list(compare.find_arms("fedavg --dp_epsilon 8, local --learning_rate 1e-3, fedavg --lora_variant ffa"))
+
+
+@pytest.mark.parametrize("flag", "dirichlet_alpha max_length max_new_tokens canaries dp_epsilon dp_delta".split())
+def test_what_changes_the_question_is_not_swept(flag, capsys):
+    with pytest.raises(SystemExit):
+        compare.find_sweep(main.parse_args(["--compare", "fedavg", "--sweep", f"{flag}=0.1,1"]))
+    assert f"--sweep {flag}: this is no number that arms can have as their own" in capsys.readouterr().err
 
 
 def test_splits_and_seeds_are_crossed(tmp_path):
@@ -519,6 +624,20 @@ def test_resumed_comparison(compared, tmp_path, capsys):
     before, after = (json.loads((place / "comparison.json").read_text())["rows"] for place in (folder, copy))
     assert [each["exact_match"] for each in after] == [each["exact_match"] for each in before]
     assert [each["eval_loss"] for each in after] == [each["eval_loss"] for each in before]
+
+
+def test_a_comparison_resumed_with_other_flags_is_refused(small_inputs, tmp_path, capsys):
+    """In one line before any run, though `local` has a learning rate of its own; and what was found stays as it is."""
+    flags = "--world_size 1 --num_clients 2 --num_rounds 1 --local_steps 1 --quiet --compare".split()
+    flags += ["local --learning_rate 5e-3, fedavg", *small_inputs, "--output_dir", str(tmp_path)]
+    main.main([*flags, "--learning_rate", "1e-2"])
+    before = (tmp_path / "comparison.json").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.main([*flags, "--learning_rate", "3e-3", "--resume"])
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and (tmp_path / "comparison.json").read_bytes() == before
+    assert "was started with learning_rate 0.01 (now 0.003)" in error and error.count("\n") == 1 and not out
 
 
 def test_a_run_that_diverges_does_not_end_the_comparison(small_inputs, tmp_path, capsys):

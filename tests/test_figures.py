@@ -34,7 +34,8 @@ def comparison_of(num_clients=8, names=NAMES, score="exact_match"):
         pair = {"a": a, "b": b, "of": score, "mean": -1.0, "low": -10.0, "high": 8.0, "p": 0.5}
         pairs.append(pair | {"adjusted": 1.0, "unresolved": True, "needed_repeats": 123})
     shares = {"split": 0.5, "seed": None, "method": 0.3, "interaction": None, "residual": 0.2}
-    return {"repeats": 5, "seeds": 1, "score": score, "rows": rows, "variance": shares, "differences": pairs}
+    shown = {"repeats": 5, "seeds": 1, "swept": ["learning_rate"], "score": score}
+    return shown | {"rows": rows, "variance": shares, "differences": pairs}
 
 
 @pytest.mark.parametrize("num_clients", [0, 1, 8, 50])
@@ -75,9 +76,35 @@ def test_tables_fit_a_terminal():
     text = figures.comparison_tables(comparison_of(8, names))
     assert max(map(len, text.splitlines())) <= 110
     assert "0.01 (edge)" in text and "50.0% ±5.0" in text and "123" in text
-    assert "50% the split" in text and "Not told\napart here" in text or "Not told apart here" in text
+    assert "50% the split" in text and "Not told apart here" in " ".join(text.split())
     line = next(line for line in text.splitlines() if line.startswith("| fedavg ") and "of 8" in line)
     assert [cell.strip() for cell in line.split("|")[2:6]] == ["+2.5", "-15.0", "+20.0", "1 of 8: site 0"]
+
+
+def test_clients_that_cannot_be_told_are_not_counted():
+    comparison = comparison_of(8, ["local", "fedavg"])
+    for client in comparison["rows"][1]["clients"][4:]:
+        client["gain_over_local"] |= {"low": None, "high": None, "harmed": None}
+    text = figures.table_of_gains(comparison["rows"])
+    assert "| 1 of 4: site 0 |" in text and "About 0.1 of 4 would be by chance." in text
+    for client in comparison["rows"][1]["clients"]:
+        client["gain_over_local"]["harmed"] = None
+    text = figures.table_of_gains(comparison["rows"])
+    assert " by chance" not in text and [cell.strip() for cell in text.splitlines()[2].split("|")][-2] == "-"
+
+
+def test_what_is_said_of_repeats_and_seeds():
+    """One split and one seed get advice, whatever the arms; intervals of one split are over its seeds."""
+    comparison = comparison_of(0, ["fedavg"])
+    del comparison["differences"]
+    for repeats, seeds, advised in ((1, 1, True), (5, 1, False), (1, 2, False)):
+        text = figures.comparison_tables(comparison | {"repeats": repeats, "seeds": seeds})
+        assert ("One seed and one split" in text) is advised
+        assert f"interval over the {'repeats' if repeats > 1 else 'seeds'} " in text
+    for swept, questions in (([], "all questions"), (["learning_rate"], "the scored half of the questions")):
+        figure = figures.draw_comparison(comparison | {"swept": swept})
+        assert f"exact match, {questions}, percent" in figure.axes[0].get_xlabel()
+        assert ("the scores are on the other" in figures.notes_on_arms(comparison | {"swept": swept})) is bool(swept)
 
 
 def test_one_flag_at_the_edge_says_nothing_of_another():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +11,17 @@ import torch
 import main
 from fllama import sidebyside
 
-# holds the lock of its GPU, as a run would hold its memory; exit code 9 if somebody else has it
-HOLD = """import fcntl, os, sys, time
+# holds the lock of its GPU, as a run would hold its memory; exit code 9 if somebody else has it; asked to stop, it
+# takes a moment, as a run that saves does, and ends with 143
+HOLD = """import fcntl, os, signal, sys, time
+def save(*_):
+    time.sleep(0.3)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
 lock = open(os.path.join({folder!r}, "gpu_" + os.environ["CUDA_VISIBLE_DEVICES"]), "a")
 try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError: sys.exit(9)
-print(sys.argv[1:], os.environ.get("HF_TOKEN"))
+print(sys.argv[1:], os.environ.get("HF_TOKEN"), flush=True)
 time.sleep(float(sys.argv[1]))
 sys.exit(int(sys.argv[2]))"""
 
@@ -54,13 +60,17 @@ def test_never_two_on_one_gpu(holding, capsys):
 
 
 def test_a_request_to_stop_reaches_them_all(holding, monkeypatch):
-    started = []
+    """The runs under way are asked to stop and have time to save, exit code 143; killed, they would end with -9."""
+    started, sleep = [], time.sleep
 
     def start_and_keep(run, gpu, start=sidebyside.start):
         started.append(start(run, gpu))
         return started[-1]
 
     def stopped(seconds):
+        for number in range(2):  # until both are there to be asked
+            while not (holding / str(number) / "run.log").read_text():
+                sleep(0.05)
         raise SystemExit(143)
 
     monkeypatch.setattr(sidebyside, "start", start_and_keep)
@@ -68,7 +78,7 @@ def test_a_request_to_stop_reaches_them_all(holding, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         sidebyside.run_side_by_side(tasks(holding, [(60, 0), (60, 0), (60, 0)]), 2)
     assert stop.value.code == 143 and len(started) == 2
-    assert [process.poll() is not None for process in started] == [True, True]
+    assert [process.poll() for process in started] == [143, 143]
 
 
 @pytest.mark.slow
