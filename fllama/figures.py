@@ -90,6 +90,11 @@ def notes_on_arms(comparison):
         notes.append(f"± is half of a 95% interval over the {unit} (Student's t).")
     if comparison.get("swept"):
         notes.append("Values were chosen on one half of the global held-out rows; the scores are on the other.")
+    scored = [run["scored"] for row in rows for run in row["runs"] if run.get("scored")]
+    if scored:
+        number = f"{min(scored)}" + (f" to {max(scored)}" if max(scored) > min(scored) else "")
+        unit = "questions" if comparison["score"] == "exact_match" else "rows"
+        notes.append(f"{NAMES[comparison['score']].capitalize()} is of {number} global held-out {unit} in each run.")
     if any((row.get("chosen") or {}).get("at_edge") for row in rows):
         notes.append("(edge): the best value is the first or last that was tried; there may be better ones beyond it.")
     return "\n".join(notes)
