@@ -5,6 +5,7 @@ import textwrap
 import numpy as np
 
 from fllama import report
+from fllama.gains import GAINS
 from fllama.spread import LEAST_ROWS, LEVEL, mean
 
 COLUMNS = {  # of the table: heading -> (what of a row, how)
@@ -90,6 +91,11 @@ def notes_on_arms(comparison):
         notes.append(f"± is half of a 95% interval over the {unit} (Student's t).")
     if comparison.get("swept"):
         notes.append("Values were chosen on one half of the global held-out rows; the scores are on the other.")
+    scored = [run["scored"] for row in rows for run in row["runs"] if run.get("scored")]
+    if scored:
+        number = f"{min(scored)}" + (f" to {max(scored)}" if max(scored) > min(scored) else "")
+        unit = "questions" if comparison["score"] == "exact_match" else "rows"
+        notes.append(f"{NAMES[comparison['score']].capitalize()} is of {number} global held-out {unit} in each run.")
     if any((row.get("chosen") or {}).get("at_edge") for row in rows):
         notes.append("(edge): the best value is the first or last that was tried; there may be better ones beyond it.")
     return "\n".join(notes)
@@ -148,12 +154,23 @@ def table_of_gains(rows):
         lines.append([row["name"], *[f"{value:+.1f}" for value in (mean(means), means[0], means[-1])], cell])
     if len(lines) == 1:
         return None
-    note = "Points; harmed: the 95% interval of the client's gain, over its rows, is below 0, and where answers are\n"
-    note += "right or wrong, McNemar's exact test says so, too. "
-    note += f"Of the clients that can be told: {LEAST_ROWS} rows at least."
+    return f"{align(lines)}\n\n{notes_on_gains(rows, most_told)}"
+
+
+def notes_on_gains(rows, most_told):
+    """Return what is under the table of gains; `most_told` clients of an arm can be told to be harmed or not."""
+    notes = [
+        "Points; harmed: the 95% interval of the client's gain, over its rows, is below 0, and where answers are",
+        "right or wrong, McNemar's exact test says so, too. "
+        f"Of the clients that can be told: {LEAST_ROWS} rows at least.",
+    ]
     if most_told:
-        note += f"\nAbout {BY_CHANCE * most_told:.1f} of {most_told} would be by chance."
-    return f"{align(lines)}\n\n{note}"
+        notes.append(f"About {BY_CHANCE * most_told:.1f} of {most_told} would be by chance.")
+    local = next((row for row in rows if row["name"].split()[0] == GAINS["gain_over_local"]), {})
+    if local.get("chosen"):
+        notes.append("The value of local is the best on global rows. On its own rows a client alone may do better with")
+        notes.append("another, so gains may be too large, and harm too rare.")
+    return "\n".join(notes)
 
 
 def sorted_gains(row):

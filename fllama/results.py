@@ -13,7 +13,7 @@ from fllama.gains import read_scores
 from fllama.spread import least, mean
 
 FIGURES = """eval_loss exact_match f1 token_accuracy rouge_l perplexity worst_client own_exact_match own_worst_client
-tokens bytes seconds epsilon audit_auc epsilon_lower_bound""".split()  # of a row: means over its runs
+tokens bytes seconds epsilon audit_auc epsilon_lower_bound scored""".split()  # of a row: means over its runs
 
 # -----------------------------------------------------------------------------
 # a run
@@ -80,6 +80,13 @@ def scores_on(scores, counts):
             models.append(scores_of_model(table, counts))
     found = {key: mean([model[key] for model in models]) for key in models[0]}
     return found | {"worst_client": least(model["exact_match"] for model in models)}
+
+
+def count_scored(scores, score, counts):
+    """Return how many of the global held-out rows that `counts` a model's `score` is of: answered ones, or all."""
+    table = next(table for table in scores if table["of"] == "global")
+    known = table[score] if score in table else table["row"]
+    return sum(counts(number) and value is not None for number, value in zip(table["row"], known))
 
 
 def scores_of_model(table, counts):
@@ -173,7 +180,7 @@ def compare_runs(args, arms, runs, ended):
             grid[key] = run.values
             candidates[key].append(run if well else None)
         best, chosen[arm] = choose_value(candidates, grid, score, args.seed)
-        columns.append([row_of_run(run, bool(args.sweep), args.seed) for run in best])
+        columns.append([row_of_run(run, bool(args.sweep), args.seed, score) for run in best])
         own[arm] = gains.own_scores([run for run in best if run], score)
     comparison = {"swept": [flag for flag, _ in args.sweep or []]}
     comparison |= compare_rows(arms, list(zip(*columns)), args.seeds)
@@ -194,16 +201,23 @@ def name_of_score(rows):
     return "exact_match"
 
 
-def row_of_run(run, is_swept, seed):
-    """Return the row of a run; with a sweep, scored on the rows that were not for choosing. None if it failed."""
+def row_of_run(run, is_swept, seed, score):
+    """Return the row of a run; with a sweep, scored on the rows that were not for choosing. None if it failed.
+
+    `scored` is how many questions, or rows, the `score` is of.
+    """
     if run is None:
         return None
-    row = comparison_row(run.arm, run.folder)
+    row, scores = comparison_row(run.arm, run.folder), read_scores(run.folder)
     if not is_swept:
-        return row
+        return row | {"scored": count_scored(scores, score, lambda number: True)}
     for client in row["clients"]:
         client.pop("global", None)  # of all rows
-    return row | scores_on(read_scores(run.folder), lambda number: not choosing_half(number, seed))
+
+    def is_scored(number):
+        return not choosing_half(number, seed)
+
+    return row | scores_on(scores, is_scored) | {"scored": count_scored(scores, score, is_scored)}
 
 
 def compare_rows(names, repeats, seeds=1):

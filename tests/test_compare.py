@@ -329,6 +329,26 @@ def test_halves_are_the_same_on_every_split():
     assert half != [results.choosing_half(number, 43) for number in range(400)]
 
 
+def test_questions_that_are_scored_are_counted(tmp_path):
+    """Of 60 rows without a sweep the 50 that are answered; of 40 and 60 with one, about a half of each."""
+    answered = table("global", range(60), [1.0] * 60)
+    answered["exact_match"][50:] = [None] * 10
+    run = planned("fedavg", leave_run(tmp_path / "all", [answered]))
+    args = SimpleNamespace(sweep=None, seed=42, seeds=1)
+    comparison = results.compare_runs(args, ["fedavg"], [run], [True])
+    assert comparison["rows"][0]["scored"] == 50
+    assert "Exact match is of 50 global held-out questions in each run." in comparison_tables(comparison)
+    runs, expected = [], []
+    for number in (40, 60):
+        expected.append(sum(not results.choosing_half(row, 42) for row in range(number)))
+        place = leave_run(tmp_path / str(number), [table("global", range(number), [1.0] * number)])
+        runs.append(planned("fedavg", place, learning_rate="1e-3"))
+    comparison = results.compare_runs(SWEPT, ["fedavg"], runs, [True, True])
+    assert [run["scored"] for run in comparison["rows"][0]["runs"]] == expected
+    assert comparison["rows"][0]["scored"] == sum(expected) / 2
+    assert f"is of {expected[0]} to {expected[1]} global held-out questions" in comparison_tables(comparison)
+
+
 def test_choice_of_a_value():
     """The best mean score, then the lowest loss; a value with runs that failed comes behind those without."""
     good, better, worse = ({"x": score, "eval_loss": 1.0} for score in (50.0, 60.0, 40.0))
@@ -569,6 +589,9 @@ def test_comparison_with_a_sweep(small_inputs, tmp_path):
     assert scored["eval_loss"] != results.comparison_row("fedavg", run)["eval_loss"]
     text = (tmp_path / "comparison.md").read_text()
     assert "0.01 (edge)" in text and "the scores are on the other" in text
+    halves = [results.choosing_half(number, 42) for number in gains.read_scores(run)[0]["row"]]
+    assert row["scored"] == halves.count(False) < len(halves)
+    assert f"Exact match is of {row['scored']:g} global held-out questions in each run." in text
 
 
 def test_runs_of_a_comparison_are_alike(compared):

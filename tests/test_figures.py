@@ -107,6 +107,14 @@ def test_what_is_said_of_repeats_and_seeds():
         assert ("the scores are on the other" in figures.notes_on_arms(comparison | {"swept": swept})) is bool(swept)
 
 
+def test_a_baseline_that_was_chosen_on_global_rows_is_named():
+    """What `local` can do on own rows may be more, with another value; not if it has a value of its own."""
+    rows = comparison_of(8, ["local --lora_r 8", "fedavg"])["rows"]
+    assert "The value of local is the best on global rows." in figures.table_of_gains(rows)
+    rows[0]["chosen"] = None
+    assert "The value of local" not in figures.table_of_gains(rows)
+
+
 def test_one_flag_at_the_edge_says_nothing_of_another():
     comparison = comparison_of(0, ["fedavgm"])
     row = comparison["rows"][0]
