@@ -56,9 +56,7 @@ def local_train(rank, args, run):
     first_round = server.rounds_done + 1
     # what all ranks must agree on: all of LoRA; after a resume only the shared part, as each client has its own rest
     start = server.start if run.checkpoint else utils.flatten_parameters(lora)
-    first_rate = learning_rate_at(
-        min(first_round, args.num_rounds), 0
-    )  # after the last round, nothing is left to learn
+    first_rate = learning_rate_at(min(first_round, args.num_rounds), 0)  # after the last, nothing is left to learn
     selfcheck.before_training(comm, log, trainer, start, first_rate, rows, bool(run.checkpoint) or private_by_row)
     measured = selfcheck.measured_parameters(lora, max(1, len(rows.plan[0].clients())))
     strategy = options.strategy_of(args, run.guarantee)

@@ -208,8 +208,8 @@ def describe_spread(comparison):
 
 def table_of_differences(comparison, score):
     form = "{:+.3f}" if score == "eval_loss" else "{:+.1f}"
-    needed = "repeats needed" if comparison["repeats"] > 1 else "seeds needed"
-    lines = [[f"difference in {NAMES[score]}", "mean", "95% interval", "p (Holm)", "verdict", needed]]
+    unit = "repeats" if comparison["repeats"] > 1 else "seeds"
+    lines = [[f"difference in {NAMES[score]}", "mean", "95% interval", "p (Holm)", "verdict", f"{unit} needed"]]
     for each in comparison["differences"]:
         if each["of"] != score:
             continue

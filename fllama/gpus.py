@@ -14,8 +14,8 @@ import torch
 
 from fllama.options import fail
 
+PATIENCE = 120  # seconds that a GPU has to answer in
 # CUDA is only asked in processes that end: this one may become a rank, which sees one GPU, chosen before CUDA is asked
-PATIENCE = 120  # seconds
 COUNT = "import torch; print(torch.cuda.device_count())"
 PROBE = """
 import sys, torch

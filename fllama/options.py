@@ -154,7 +154,7 @@ def complete(args, num_gpus):
             fail(f"--world_size {args.world_size}: torchrun has started {started} ranks; leave it out")
     check_strategy(args)
     check_kernels(args, num_gpus)
-    check_privacy(args, num_gpus)
+    check_privacy(args)
     if args.partition == "column" and not args.partition_column:
         fail("--partition column makes a client of each value in a column: name it with --partition_column")
     if args.partition not in IN_THE_DATA:
@@ -280,7 +280,7 @@ def private_by_row(args):
     return bool(args.dp_epsilon) and args.aggregator != "dp_fedavg"
 
 
-def check_privacy(args, num_gpus):
+def check_privacy(args):
     """Fill in the defaults of differential privacy, and refuse what would break the guarantee."""
     if not args.dp_epsilon:
         for name in ("dp_delta", "dp_clip_norm"):
