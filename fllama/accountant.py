@@ -38,14 +38,24 @@ class Guarantee:
 # the accountant
 
 
-@functools.cache
 def epsilon_of(noise_multiplier, sampling_rate, steps, delta):
     """Return the epsilon of so many steps of the Gaussian mechanism, each on a Poisson sample.
 
     By privacy loss distributions (dp-accounting), for adding or removing one. With a sampling rate of 1 all take part,
     and nothing is gained from sampling.
     """
-    return make_accountant().compose(make_event(noise_multiplier, sampling_rate, steps)).get_epsilon(delta)
+    return composed_epsilon(((noise_multiplier, sampling_rate, steps),), delta)
+
+
+@functools.cache
+def composed_epsilon(mechanisms, delta):
+    """Return the epsilon of several of these, one after the other: a tuple of (noise multiplier, sampling rate, steps)
+    each.
+    """
+    accountant = make_accountant()
+    for mechanism in mechanisms:
+        accountant.compose(make_event(*mechanism))
+    return accountant.get_epsilon(delta)
 
 
 def make_accountant():
@@ -162,7 +172,7 @@ def check_logs(args, checkpoint):
 
 
 def read_ledger(output_dir):
-    """Return the entries of privacy.jsonl, {"round", "steps": {client: steps}}.
+    """Return the entries of privacy.jsonl: {"round", "spent": {client: its noise_multiplier, sampling_rate and steps}}.
 
     A line that is torn off was never committed, so its round had not begun. Any other that cannot be read ends the
     program: what it held was spent.
@@ -181,47 +191,57 @@ class Ledger:
     """What was spent so far, by this start of the run and all before it: rounds that are played again count again.
 
     A round is entered, and on the disk, before the first gradient of it is taken: whenever a run is killed, nothing has
-    left a client that is not in the ledger. Lines are only ever appended, by rank 0.
+    left a client that is not in the ledger. Lines are only ever appended, by rank 0. Each says with which noise and
+    which sampling its steps are taken: another version of dp-accounting may find another noise when a run goes on, and
+    that does not change what the steps before it have cost.
     """
 
     def __init__(self, args, guarantee):
         self.args, self.guarantee = args, guarantee
-        self.steps = collections.Counter()  # of each client
+        self.steps = collections.Counter()  # of each (client, noise multiplier, sampling rate)
         for entry in read_ledger(args.output_dir):
-            self.count(entry)
-
-    def count(self, entry):
-        for client, steps in entry["steps"].items():
-            self.steps[int(client)] += steps
+            self.steps += counted(entry["spent"])
 
     def commit(self, comm, number, plan):
         """Enter a round that is about to begin; all ranks participate."""
-        entry = {"round": number, "steps": self.steps_of(plan)}
-        self.count(entry)
+        entry = {"round": number, "spent": self.spent_in(plan)}
+        self.steps += counted(entry["spent"])
         if comm.rank == 0:
             append_line(Path(self.args.output_dir, LEDGER), json.dumps(entry))
         comm.meet()  # nobody begins before it is on the disk
 
+    def spent_in(self, plan):
+        """Return {client: noise, sampling and steps} of a round: those in which each client may have been seen."""
+        if options.private_by_row(self.args):
+            clients, steps = plan.clients(), self.args.local_steps
+        else:
+            clients, steps = range(self.args.num_clients), 1  # it does not say who was drawn
+        spent = {}
+        for client in clients:
+            spent[client] = {
+                "noise_multiplier": self.guarantee.noise_multiplier[client],
+                "sampling_rate": self.guarantee.sampling_rate[client],
+                "steps": steps,
+            }
+        return spent
+
     def epsilon(self, steps=None):
-        """Return the epsilon that was spent, the largest over the clients; or that of {client: steps}."""
-        promised, steps, spent = self.guarantee, self.steps if steps is None else steps, []
-        for client, rate in enumerate(promised.sampling_rate):
-            spent.append(epsilon_of(promised.noise_multiplier[client], rate, steps[client], promised.delta))
-        return max(spent)
+        """Return the epsilon that was spent, the largest over the clients; or that of other steps than the ledger's."""
+        mechanisms = collections.defaultdict(list)
+        for (client, noise_multiplier, rate), count in sorted((self.steps if steps is None else steps).items()):
+            mechanisms[client].append((noise_multiplier, rate, count))
+        delta = self.guarantee.delta
+        return max((composed_epsilon(tuple(spent), delta) for spent in mechanisms.values()), default=0.0)
 
     def spent(self):
         """Return a function that returns the epsilon that has been spent until now."""
         return functools.partial(self.epsilon, collections.Counter(self.steps))
 
-    def steps_of(self, plan):
-        """Return {client: steps} of a round: those in which each client may have been seen."""
-        if options.private_by_row(self.args):
-            return dict.fromkeys(plan.clients(), self.args.local_steps)
-        return dict.fromkeys(range(self.args.num_clients), 1)  # it does not say who was drawn
-
     def summarize(self):
         """Return what summary.json holds under "privacy": what was spent, and what gives the number its meaning."""
-        promised = self.guarantee
+        promised, steps = self.guarantee, collections.Counter()
+        for (client, _, _), count in self.steps.items():
+            steps[client] += count
         return {
             "unit": promised.unit,
             "relation": RELATION,
@@ -232,8 +252,16 @@ class Ledger:
             "clip_norm": promised.clip_norm,
             "noise_multiplier": one_or_all(promised.noise_multiplier),
             "sampling_rate": one_or_all(promised.sampling_rate),
-            "steps": one_or_all([self.steps[client] for client in range(len(promised.steps))]),
+            "steps": one_or_all([steps[client] for client in range(len(promised.steps))]),
         }
+
+
+def counted(spent):
+    """Return the steps of each (client, noise multiplier, sampling rate) in the "spent" of an entry, a Counter."""
+    steps = collections.Counter()
+    for client, mechanism in spent.items():
+        steps[int(client), mechanism["noise_multiplier"], mechanism["sampling_rate"]] += mechanism["steps"]
+    return steps
 
 
 def one_or_all(values):
@@ -269,7 +297,7 @@ def announce(args, log, ledger, rounds, num_parameters):
         )
     steps = collections.Counter(ledger.steps)
     for played in rounds:
-        steps.update(ledger.steps_of(played))
+        steps += counted(ledger.spent_in(played))
     will_be = ledger.epsilon(steps)
     if will_be > promised.epsilon * 1.001:
         log.warn(f"  rounds are played again, and count again: epsilon will be {will_be:.2f}, not {promised.epsilon:g}")

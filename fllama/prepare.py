@@ -21,7 +21,7 @@ from fllama.options import fail
 CLIENT_EVAL_ROWS = 16  # at most so many rows of each client are held out, and at most a tenth of its rows
 MAX_BAD_ROWS, SHOWN_ROWS = 0.01, 3  # share of rows that may be bad and are left out; bad rows that are named
 ROWS_PER_PROCESS, MAX_PROCESSES = 10_000, 16  # of tokenizing: a process takes a second to start
-LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+LIBRARIES = "torch transformers peft trl bitsandbytes datasets accelerate scipy dp-accounting".split()
 
 
 @dataclass(frozen=True)

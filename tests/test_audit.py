@@ -162,15 +162,19 @@ def test_canaries_that_do_not_fit(refused):
 
 @pytest.fixture
 def audited(tmp_path, small_inputs):
-    """A function that audits a model after so many epochs on the inserted canaries alone."""
+    """A function that audits a model after so many epochs on the inserted canaries, or on others from another seed."""
 
-    def train_and_audit(epochs):
+    def train_and_audit(epochs, on_others=False):
         torch.manual_seed(1)
         args, trainer = make_trainer(tmp_path, *small_inputs, "--canaries", "24")
         made = audit.make_canaries(args, SQUAD, trainer.processing_class, None)
         datasets.DatasetDict(canaries=made.rows).save_to_disk(tmp_path / "audited")
         audit.save(made, tmp_path / "audited")
-        samples = made.inserted_rows().select_columns(["input_ids", "labels"]).to_list()
+        trained = made
+        if on_others:
+            others = arguments("--canaries", "24", "--seed", "7")
+            trained = audit.make_canaries(others, SQUAD, trainer.processing_class, None)
+        samples = trained.inserted_rows().select_columns(["input_ids", "labels"]).to_list()
         optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], 5e-3)
         num_tokens = torch.tensor(sum(label != -100 for row in samples for label in row["labels"]))
         for _ in range(epochs):
@@ -198,11 +202,14 @@ def test_a_model_that_has_learned_rows_by_heart_is_caught(audited, monkeypatch):
     assert "told apart from those it has not seen in" in line and "50% is guessing" in line
 
 
-def test_a_model_without_training_is_guessing(audited, monkeypatch):
+def test_a_model_that_was_trained_on_other_rows_is_guessing(audited, monkeypatch):
+    """Its training has moved the loss of each canary, of those put in no more than of those held out."""
     monkeypatch.setattr(audit, "REFERENCES", 63)
-    found = audited(0)
+    found = audited(40, on_others=True)
+    lowered = [canary["lowered"] for canary in found["each"]]
+    assert len(set(lowered)) == 24 and min(lowered) > 1
     low, high = found["auc_interval"]
-    assert low < 0.5 < high and found["epsilon_lower_bound"] == 0
+    assert low < 0.5 < high and found["auc"] != 0.5 and found["epsilon_lower_bound"] == 0
     assert abs(found["exposure"]["inserted"] - 1.44) < 1
 
 

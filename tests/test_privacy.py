@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import dp_accounting
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_trainer
-from workers import troubled_rank
+from workers import drawn_rank, troubled_rank
 
 import federated
 import main
@@ -313,16 +314,34 @@ def test_rounds_that_are_played_again_count_again(tmp_path):
     for number in (1, 2, 3):
         ledger.commit(comm, number, plan_of(0, 1))
     assert ledger.epsilon() == pytest.approx(8, rel=1e-2)
-    (tmp_path / accountant.LEDGER).open("a").write('{"round": 4, "st')  # killed while it wrote: nothing had begun
+    (tmp_path / accountant.LEDGER).open("a").write('{"round": 4, "sp')  # killed while it wrote: nothing had begun
     again = accountant.Ledger(args, found)
-    assert again.steps == ledger.steps == {0: 24, 1: 24}
+    assert again.steps == ledger.steps and again.summarize()["steps"] == 24
     again.commit(comm, 3, plan_of(0))
     third = accountant.Ledger(args, found)
-    assert third.steps == {0: 32, 1: 24} and third.epsilon() > 8.3
+    assert third.summarize()["steps"] == [32, 24] and third.epsilon() > 8.3
     assert third.epsilon() == accountant.epsilon_of(found.noise_multiplier[0], found.sampling_rate[0], 32, 1e-5)
     before = third.spent()
     third.commit(comm, 4, plan_of(0, 1))
     assert before() < third.epsilon()
+
+
+def test_a_ledger_keeps_the_noise_that_was_added(tmp_path):
+    """Another version of dp-accounting may find another noise: what was spent before does not change with it."""
+    args, found = promised(tmp_path, "--num_rounds", "3")
+    accountant.Ledger(args, found).commit(Communicator(0, 1), 1, plan_of(0, 1))
+    spent = accountant.Ledger(args, found).epsilon()
+    quieter = replace(found, noise_multiplier=[10.0, 10.0])
+    ledger = accountant.Ledger(args, quieter)
+    assert ledger.epsilon() == spent  # as if nothing had changed
+    ledger.commit(Communicator(0, 1), 2, plan_of(0))
+    library = accountant.make_accountant()  # called by hand: 8 steps with one noise, then 8 with the other
+    for multiplier in (found.noise_multiplier[0], 10.0):
+        step = dp_accounting.GaussianDpEvent(multiplier)
+        step = dp_accounting.PoissonSampledDpEvent(found.sampling_rate[0], step)
+        library.compose(dp_accounting.SelfComposedDpEvent(step, 8))
+    assert accountant.Ledger(args, quieter).epsilon() == library.get_epsilon(1e-5) > spent
+    assert ledger.summarize()["steps"] == [16, 8]
 
 
 def test_a_ledger_that_is_gone_is_missed(tmp_path, refused):
@@ -338,7 +357,7 @@ def test_a_ledger_that_is_gone_is_missed(tmp_path, refused):
     assert accountant.promise(args, tmp_path, tmp_path / "round_00002") == found
     ledger = tmp_path / accountant.LEDGER
     whole = ledger.read_text()
-    ledger.write_text(whole + '{"round": 3, "st')  # torn off: nothing of round 3 has begun
+    ledger.write_text(whole + '{"round": 3, "sp')  # torn off: nothing of round 3 has begun
     assert accountant.promise(args, tmp_path, None) == found
     ledger.write_text(whole.replace(": 1,", ": 1 1,"))  # damaged
     with pytest.raises(SystemExit):
@@ -377,14 +396,16 @@ def test_a_private_run_with_canaries(run_here, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_kill_between_the_update_and_the_commit_costs_epsilon(run_here, tmp_path):
-    """Round 2 is played twice, with other rows and other noise, and both are counted."""
+@pytest.mark.parametrize("again", ["--resume", "--restarts 1"])
+def test_a_kill_between_the_update_and_the_commit_costs_epsilon(run_here, tmp_path, again):
+    """Round 2 is played twice, with other rows and other noise, and both are counted; also by --restarts itself."""
     killed = functools.partial(troubled_rank, "killed in a collective", 1)
-    code, _ = run_here(SMALL, target=killed)
-    assert code == 1
-    ledger = [entry["round"] for entry in accountant.read_ledger(tmp_path)]
-    assert ledger == [1, 2] and [entry["round"] for entry in runlog.read_rounds(tmp_path)] == [1]
-    assert run_here(f"{SMALL} --resume")[0] == 0
+    if again == "--resume":
+        assert run_here(SMALL, target=killed)[0] == 1
+        ledger = [entry["round"] for entry in accountant.read_ledger(tmp_path)]
+        assert ledger == [1, 2] and [entry["round"] for entry in runlog.read_rounds(tmp_path)] == [1]
+        killed = None
+    assert run_here(f"{SMALL} {again}", target=killed)[0] == 0
     summary = json.loads((tmp_path / "summary.json").read_text())["privacy"]
     assert summary["steps"] == 5 * 2 and summary["epsilon_asked"] == 8 < summary["epsilon"]
     rates, multipliers = summary["sampling_rate"], summary["noise_multiplier"]
@@ -398,13 +419,14 @@ def test_a_kill_between_the_update_and_the_commit_costs_epsilon(run_here, tmp_pa
 def test_clients_by_poisson_sampling_with_empty_rounds_killed_and_resumed(run_here, tmp_path):
     flags = "--aggregator dp_fedavg --dp_epsilon 8 --num_clients 6 --clients_per_round 2 --num_rounds 12"
     flags += " --max_new_tokens 1 --local_steps 1 --eval_rounds 3"
-    code, _ = run_here(flags, target=functools.partial(troubled_rank, "killed while saving", 0))
-    if code:  # else nobody was drawn on that rank in round 2
-        assert run_here(f"{flags} --resume")[0] == 0
+    killed = functools.partial(troubled_rank, "killed while saving", 0)
+    drawn = [[], [1, 2], *[[0]] * 10]  # until the kill in round 2; after that, it is drawn
+    assert run_here(flags, target=functools.partial(drawn_rank, drawn, killed))[0] == 1
+    assert run_here(f"{flags} --resume")[0] == 0
     rounds, summary = runlog.read_rounds(tmp_path), json.loads((tmp_path / "summary.json").read_text())["privacy"]
     assert [entry["round"] for entry in rounds] == list(range(1, 13))
-    assert len({len(entry["clients"]) for entry in rounds}) > 1
-    assert summary["steps"] == len(accountant.read_ledger(tmp_path)) == 12 + bool(code)
+    assert rounds[0]["clients"] == [] and len({len(entry["clients"]) for entry in rounds[1:]}) > 1
+    assert summary["steps"] == len(accountant.read_ledger(tmp_path)) == 12 + 1
     assert summary["unit"] == "one whole client" and summary["sampling_rate"] == pytest.approx(1 / 3)
 
 

@@ -295,6 +295,14 @@ def faulty_rank(fault, rank, args, run):
     main.run_rank(rank, args, run)
 
 
+def drawn_rank(drawn, target, rank, args, run):
+    """What `target` does, with these clients in each round instead of some that are drawn for dp_fedavg."""
+    from fllama import privacy
+
+    privacy.draw_clients = lambda *_: drawn
+    target(rank, args, run)
+
+
 def troubled_rank(trouble, victim, rank, args, run):
     """main.run_rank, but in the first launch something happens to rank `victim` in round 2."""
     import trl
