@@ -78,14 +78,7 @@ def local_train(rank, args, run):
         turns = []
         for client in plan.shares[rank]:
             turn = clients.begin_turn(client, rows.num_train[client], parameters, server.start)
-            if private_by_row:  # drawn anew for each step
-                steps = privacy.draw_steps(args, run.guarantee, client, rows.own[client])
-                turn.rows_read = []  # who was drawn stays secret
-                sequences = rows.sequences.select(sum(steps, []))
-                batches = privacy.private_steps(args, run.guarantee, client, steps, rows.sequences, trainer)
-            else:
-                turn.rows_read, sequences = rows.rows_of_turn(client, number), rows.sequences_of_turn(client, number)
-                batches = data.read_batches(sequences, trainer)
+            sequences, batches = read_turn(args, run, trainer, rows, turn, number)
             turn.tokens = data.count_tokens(sequences)
             loss = local_steps(
                 args, trainer, batches, parameters, server, clients.state_of(client), turn, number, learning_rate_at
@@ -165,7 +158,7 @@ def local_train(rank, args, run):
     last_clients = rows.plan[number - 1].shares[rank]
     results = evaluate.score_clients(args, comm, trainer, rows, last_clients, clients)
     audited = audit.audit(args, run, comm, trainer, clients)
-    publish.publish(args, run, comm, trainer, rows, server, clients, *results, audited, ledger)
+    publish.publish(args, run, comm, trainer, rows, server, clients, results, audited, ledger)
     comm.meet()  # nobody leaves before it is there
     dist.destroy_process_group()
     if ended:
@@ -260,6 +253,18 @@ def private_parameters(args, model):
 
 # -----------------------------------------------------------------------------
 # 1. local training
+
+
+def read_turn(args, run, trainer, rows, turn, number):
+    """Return (sequences of a turn, the batches that its local steps take); notes the rows in `turn`."""
+    if not options.private_by_row(args):
+        turn.rows_read = rows.rows_of_turn(turn.client, number)
+        sequences = rows.sequences_of_turn(turn.client, number)
+        return sequences, data.read_batches(sequences, trainer)
+    turn.rows_read = []  # who was drawn stays secret
+    steps = privacy.draw_steps(args, run.guarantee, turn.client, rows.own[turn.client])
+    batches = privacy.private_steps(args, run.guarantee, turn.client, steps, rows.sequences, trainer)
+    return rows.sequences.select(sum(steps, [])), batches
 
 
 def local_steps(args, trainer, batches, parameters, server, client_state, turn, number, learning_rate_at):

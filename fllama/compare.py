@@ -177,6 +177,9 @@ def check_runs(runs, repeats, num_gpus):
         prepare.find_rows(checked, num_gpus)
         ranks[run.arm] = checked.world_size
         complete.append(checked)
+    numbers = sorted({checked.num_clients for checked in complete})
+    if len(numbers) > 1:  # as an arm has --world_size of its own, and no --num_clients was given
+        fail(f"--compare: its runs would have {' and '.join(map(str, numbers))} clients; give --num_clients for all")
     for number, run in enumerate(runs):
         if run.args.resume:
             checked = copy.copy(complete[number % of_one_repeat])

@@ -297,14 +297,21 @@ def evaluate_round(trainer, rows, turns, clients):
     return global_loss
 
 
-def score_clients(args, comm, trainer, rows, own_clients, clients):
-    """Return (answers, Loss or None, scores of clients, scores of rows) after the last round; all ranks participate.
+class Results(NamedTuple):
+    """What a run has come to."""
 
-    The answers are those to the global questions, the Loss that on the global rows. `own_clients` are those of this
-    rank. Each is scored on its own held-out rows: loss (nats per answer token) and the scores of its answers. If
-    clients have models of their own, each is scored on the global rows, too, under "global", and the answers are those
-    of the first one. With --centralized, the one client is scored on the held-out rows of what would be the clients of
-    the last round. The scores of rows are what scores.json holds.
+    answers: list  # Answered, to the global questions; of the first client, if clients have models of their own
+    loss: Loss | None  # on the global rows; None if clients have models of their own
+    client_scores: list  # of each client of the last round
+    row_scores: list  # of each row, as in scores.json
+
+
+def score_clients(args, comm, trainer, rows, own_clients, clients):
+    """Return the Results after the last round; all ranks participate.
+
+    `own_clients` are those of this rank. Each is scored on its own held-out rows: loss (nats per answer token) and the
+    scores of its answers. If clients have models of their own, each is scored on the global rows, too, under "global".
+    With --centralized, the one client is scored on the held-out rows of what would be the clients of the last round.
     """
     model, tokenizer, batch_size = trainer.model, trainer.processing_class, trainer.args.per_device_eval_batch_size
     questions, scores, of_rows = rows.questions(), [], []
@@ -344,7 +351,7 @@ def score_clients(args, comm, trainer, rows, own_clients, clients):
     parts = comm.meet((scores, of_rows))
     scores = [each for part, _ in parts for each in part]
     of_rows = [each for _, part in parts for each in part]
-    return answers, global_loss, sorted(scores, key=lambda each: each["client"]), of_rows
+    return Results(answers, global_loss, sorted(scores, key=lambda each: each["client"]), of_rows)
 
 
 def scores_of_rows(rows, numbers, losses, answers):

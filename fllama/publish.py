@@ -15,14 +15,10 @@ def folder_name(args):
     return CLIENT_MODELS if keeps_own_models(args) else GLOBAL_MODEL
 
 
-def publish(
-    args, run, comm, trainer, rows, server, clients, answers, global_loss, scores, of_rows, audited=None, ledger=None
-):
+def publish(args, run, comm, trainer, rows, server, clients, results, audited, ledger):
     """Write what a run leaves behind; all ranks participate.
 
-    `answers` are those to the held-out questions after training, `global_loss` the Loss on the held-out rows (None if
-    clients have models of their own), `scores` those of the clients of the last round, `of_rows` those of each row,
-    `audited` what audit.audit has found, `ledger` accountant.Ledger's.
+    `results` are evaluate.Results, `audited` is what audit.audit has found, `ledger` the accountant.Ledger.
     """
     model, tokenizer = trainer.model, trainer.processing_class
     target = Path(args.output_dir, folder_name(args))
@@ -39,22 +35,22 @@ def publish(
 
     if not clients.private:
         save_adapter(model, staging)
-        after = evaluate.score(answers) | evaluate.describe_loss(global_loss)
+        after = evaluate.score(results.answers) | evaluate.describe_loss(results.loss)
     else:
-        after = mean_scores([each["global"] for each in scores])
+        after = mean_scores([each["global"] for each in results.client_scores])
     before = {name: value for name, value in server.scores_before.items() if name != "samples"}
     questions, rounds = rows.questions(), runlog.read_rounds(args.output_dir)
     names = evaluate.headline(tokenizer, questions)
     both = {"before": before, "after": after}
-    summary = report.summarize(rounds, rows.num_train, both, names, scores, len(questions))
+    summary = report.summarize(rounds, rows.num_train, both, names, results.client_scores, len(questions))
     summary["privacy"] = ledger and ledger.summarize()
     summary["audit"] = audited and {name: value for name, value in audited.items() if name != "each"}
-    samples = compare_samples(questions, server.scores_before["samples"], answers)
+    samples = compare_samples(questions, server.scores_before["samples"], results.answers)
     folder = Path(args.output_dir)
     report.plot_losses(folder, rounds)
     if samples:
         utils.write_aside(folder / "samples.json", json.dumps(samples, indent=2) + "\n")
-    utils.write_aside(folder / "scores.json", json.dumps(of_rows) + "\n")
+    utils.write_aside(folder / "scores.json", json.dumps(results.row_scores) + "\n")
     if audited:
         utils.write_aside(folder / audit.FILE, json.dumps(audited["each"], indent=2) + "\n")
     utils.write_aside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -479,6 +479,10 @@ def test_all_arms_have_the_same_split_and_rows(flag, capsys):
     assert list(compare.find_arms("fedavg --dp_epsilon 8, local --learning_rate 1e-3, fedavg --lora_variant ffa"))
 
 
+def test_an_arm_with_its_own_ranks_has_no_other_clients(refused):
+    assert "would have 1 and 2 clients" in refused("--compare", "fedavg, ffa --world_size 1", "--world_size", "2")
+
+
 @pytest.mark.parametrize("flag", "dirichlet_alpha max_length max_new_tokens canaries dp_epsilon dp_delta".split())
 def test_what_changes_the_question_is_not_swept(flag, capsys):
     with pytest.raises(SystemExit):
