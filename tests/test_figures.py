@@ -1,6 +1,7 @@
 """Tables and comparison.png: they fit a terminal, nothing is cut off, and nothing lies on each other."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,22 +43,27 @@ def comparison_of(num_clients=8, names=NAMES, score="exact_match"):
 def test_nothing_of_the_figure_is_cut_off(num_clients):
     """All texts are within the canvas, and the names of the arms do not lie on each other."""
     figure = figures.draw_comparison(comparison_of(num_clients))
+    assert figure.bbox.width <= 1200 and figure.bbox.height <= 1600
+    assert_texts_are_inside(figure, least=16)
+    for labels in (figure.axes[0].get_yticklabels(), [axes.xaxis.label for axes in figure.axes]):
+        boxes = [label.get_window_extent() for label in labels]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def assert_texts_are_inside(figure, least):
+    """All texts of a figure are within its canvas, and there are at least so many."""
     FigureCanvasAgg(figure).draw()
-    width, height = figure.bbox.width, figure.bbox.height
-    assert width <= 1200 and height <= 1600
     texts = []
     for axes in figure.axes:
         left, right = axes.get_xlim()
         ticks = [label for label in axes.get_xticklabels() if left <= label.get_position()[0] <= right]  # those drawn
         texts += [*ticks, *axes.get_yticklabels(), *axes.texts, axes.xaxis.label, axes.title, axes._left_title]
     shown = [text for text in texts if text.get_text()]
-    assert len(shown) > 15
+    assert len(shown) >= least
     for text in shown:
-        box = text.get_window_extent()
-        assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height, text.get_text()
-    for labels in (figure.axes[0].get_yticklabels(), [axes.xaxis.label for axes in figure.axes]):
-        boxes = [label.get_window_extent() for label in labels]
-        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+        box, canvas = text.get_window_extent(), figure.bbox
+        inside = 0 <= box.x0 and box.x1 <= canvas.width and 0 <= box.y0 and box.y1 <= canvas.height
+        assert inside, text.get_text()
 
 
 def test_points_of_the_figure():
@@ -126,3 +132,30 @@ def test_one_flag_at_the_edge_says_nothing_of_another():
         line for line in figures.table_of_costs(comparison["rows"]).splitlines() if line.startswith("| fedavgm")
     )
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["0.01 (edge)", "1"]
+
+
+def test_the_figure_of_privacy(monkeypatch):
+    """Each private arm is a point at its epsilon, with the audit's bound left of it; the others are lines."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "assets")
+    import make_privacy_figure
+
+    rows = []
+    for name, epsilon, score in (
+        ("local --learning_rate 5e-3", None, 15),
+        ("fedavg", None, 80),
+        ("fedavg --lora_variant ffa --dp_epsilon 8", 7.9, 60),
+        ("fedavg --lora_variant ffa --dp_epsilon 1", 0.9, 40),
+        ("fedavg --dp_epsilon 8", 7.9, 50),
+    ):
+        runs = [{"epsilon_lower_bound": 0.0}, {"epsilon_lower_bound": 0.3}]
+        interval = {"low": score - 5, "high": score + 5}
+        rows.append({"name": name, "epsilon": epsilon, "exact_match": score, "interval": interval, "runs": runs})
+    figure = make_privacy_figure.draw({"rows": rows})
+    assert_texts_are_inside(figure, least=14)
+    (axes,) = figure.axes
+    curves = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [list(line.get_ydata()) for line in curves] == [[40, 60], [50]]
+    assert list(curves[0].get_xdata()) == pytest.approx([0.9, 7.9], abs=0.05)
+    bounds = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "|"]
+    assert bounds == pytest.approx([0.3] * 3, abs=0.05)
+    assert [text.get_text() for text in axes.texts] == ["local, without privacy", "fedavg, without privacy"]
