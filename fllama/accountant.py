@@ -323,7 +323,10 @@ def describe_promise(args, guarantee, num_parameters):
     ]
     if args.lora_variant == "lora":
         less = ratio / 2**0.5
-        lines.append(f"             --lora_variant ffa: about {less:.3g} times, and no noise in A multiplies that in B")
+        lines += [
+            f"             --lora_variant ffa: about {less:.3g} times, and no noise in A multiplies that in B; but it",
+            "             also learns less: compare both (docs/privacy.md)",
+        ]
     return lines
 
 
