@@ -43,7 +43,7 @@ def draw(comparison):
                 axes.vlines(place, row["interval"]["low"], row["interval"]["high"], color=color, alpha=0.5)
             bound = max(run["epsilon_lower_bound"] for run in row["runs"])
             axes.plot(bound + ASIDE[variant], row["exact_match"], "|", color=color, markersize=12, markeredgewidth=2)
-    axes.legend(frameon=False, labelcolor="linecolor", loc="upper left", bbox_to_anchor=(0.05, 0.78))
+    axes.legend(frameon=False, labelcolor="linecolor", loc="lower right", bbox_to_anchor=(1, 0.2))
     axes.set(xlabel="epsilon:  ● spent   | shown by the audit, at least", ylabel="exact match, percent")
     axes.set(xlim=(-0.2, right + 0.3), ylim=(0, 100))
     return axes.figure
