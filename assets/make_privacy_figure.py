@@ -11,10 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fllama import report  # noqa: E402
+from fllama import report
 
 COLORS = {"ffa": report.BLUE, "lora": report.ORANGE}
 ASIDE = {"ffa": -0.04, "lora": 0.04}  # so that the intervals of two variants do not lie on each other
@@ -42,7 +41,7 @@ def draw(comparison):
             if row["interval"]:
                 axes.vlines(place, row["interval"]["low"], row["interval"]["high"], color=color, alpha=0.5)
             bound = max(run["epsilon_lower_bound"] for run in row["runs"])
-            axes.plot(bound + ASIDE[variant], row["exact_match"], "|", color=color, markersize=12, markeredgewidth=2)
+            axes.plot(bound, row["exact_match"], "|", color=color, markersize=12, markeredgewidth=2)
     axes.legend(frameon=False, labelcolor="linecolor", loc="lower right", bbox_to_anchor=(1, 0.2))
     axes.set(xlabel="epsilon:  ● spent   | shown by the audit, at least", ylabel="exact match, percent")
     axes.set(xlim=(-0.2, right + 0.3), ylim=(0, 100))
@@ -51,4 +50,4 @@ def draw(comparison):
 
 if __name__ == "__main__":
     figure = draw(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    figure.savefig(ROOT / "assets" / "privacy.png", transparent=True)
+    figure.savefig(Path(__file__).parent / "privacy.png", transparent=True)
