@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import utils
 
+TRACED_SECONDS = 240  # of a run that takes 10
 COLLECTIVES = """all_reduce broadcast barrier monitored_barrier all_gather all_gather_object all_to_all_single reduce
 gather scatter send recv send_object_list recv_object_list""".split()
 
@@ -69,6 +70,7 @@ def traced_rank(rank, args, run):
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "ACCELERATE_USE_CPU": "true"}
+    signal.alarm(TRACED_SECONDS)  # with DDP, a rank may hang when it leaves, where no --timeout ends it
     import trl
 
     import federated
