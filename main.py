@@ -154,14 +154,18 @@ def parse_args(argv=None):
     add("--backend", choices=["nccl", "gloo"], help="(default: nccl with a GPU for every rank, otherwise gloo)")
     add("--quiet", action="store_true", help="say only what the run has come to")
     add("--max_new_tokens", type=positive(int), help="of an answer (default: the longest accepted one, up to 256)")
+    add("--eval_questions", type=positive(int), default=96, help="global held-out ones to answer, before and after")
     add("--generate_samples", type=not_negative_int, default=0, help="held-out questions to show, with all answers")
 
     add = parser.add_argument_group("comparing").add_argument
     add("--compare", metavar="A,B,...", help=f'a run for each of {", ".join(compare.ARMS)}; "fedavg --local_steps 32"')
     add("--repeats", type=positive(int), default=1, help="of --compare, with other seeds and other splits")
     add("--seeds", type=positive(int), default=1, help="of --compare: training seeds on each split")
-    sweep_help = "learning_rate=1e-3,3e-3: each run of --compare takes its best, found on rows that are not scored"
-    add("--sweep", type=options.sweep, action="append", metavar="FLAG=X,Y,...", help=sweep_help)
+    sweep_help = (
+        "learning_rate=1e-3,3e-3: each run of --compare takes its best, found on rows that are not scored; "
+        "fedadam:server_lr=3e-3,1e-2: values of fedadam alone"
+    )
+    add("--sweep", type=options.sweep, action="append", metavar="[NAME:]FLAG=X,Y,...", help=sweep_help)
     add(
         "--centralized",
         action="store_true",

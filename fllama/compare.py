@@ -20,11 +20,11 @@ ARMS = {  # name -> flags
     "scaffold": ["--scaffold"],
 }
 COMMON_FLAGS = """--seed --split_seed --output_dir --overwrite --resume --num_clients --partition --partition_column
---dirichlet_alpha --own_eval_rows --max_length --dataset_path --dataset_config --dataset_train_split
+--dirichlet_alpha --own_eval_rows --eval_questions --max_length --dataset_path --dataset_config --dataset_train_split
 --dataset_test_split --columns --learn""".split()  # all arms have the same split, seeds and rows
 ONE_RUN = ["--compare", "", "--repeats", "1", "--seeds", "1"]
-NOT_SWEPT = """seed split_seed num_clients clients_per_round world_size own_eval_rows repeats seeds restarts timeout
-generate_samples show_rows dirichlet_alpha max_length max_new_tokens canaries dp_epsilon
+NOT_SWEPT = """seed split_seed num_clients clients_per_round world_size own_eval_rows eval_questions repeats seeds
+restarts timeout generate_samples show_rows dirichlet_alpha max_length max_new_tokens canaries dp_epsilon
 dp_delta""".split()  # numbers of no arm, or that change the question: rows, answers, privacy
 
 
@@ -70,31 +70,38 @@ def find_common(word):
     return None
 
 
-def find_grid(args, flags, sweep):
-    """Return what an arm with these flags tries: a list of {flag: value}, every combination of the values in `sweep`.
+def find_grid(args, name, flags, sweep):
+    """Return what an arm with this name and flags tries: a list of {flag: value}, every combination of its values.
 
-    A flag that the arm has as its own stays as it is, and a setting of another strategy is not tried; nor is FedProx
-    where nothing is averaged.
+    `sweep` is as find_sweep returns it; values of the name's own come before those of all arms. A flag that
+    the arm has as its own stays as it is, and a setting of another strategy is not tried; nor is FedProx where nothing
+    is averaged.
     """
     tried = {}
-    for flag, values in sweep.items():
+    for flag, values in (sweep[""] | sweep.get(name, {})).items():
         has_own = any(word.split("=")[0] == f"--{flag}" for word in flags)
         foreign = flag in options.SERVER_FLAGS and flag not in options.settings_of(args.aggregator)
         foreign = foreign or flag == "prox_mu" and args.aggregator == "none"
+        if foreign and flag in sweep.get(name, {}):
+            fail(f"--sweep {name}:{flag}: {name} has no such setting; leave it out")
         if not has_own and not foreign:
             tried[flag] = values
     return [dict(zip(tried, values)) for values in itertools.product(*tried.values())]
 
 
 def find_sweep(args):
-    """Return {flag: values} of all --sweep."""
-    sweep = {}
-    for flag, values in args.sweep or []:
+    """Return {name: {flag: values}} of all --sweep; under "" those of all arms."""
+    sweep = {"": {}}
+    names = [arm.split()[0] for arm in find_arms(args.compare)]
+    for name, flag, values in args.sweep or []:
+        title = f"--sweep {name}:{flag}" if name else f"--sweep {flag}"
+        if name and name not in names:
+            fail(f"{title}: --compare lists no {name}; choose from {', '.join(dict.fromkeys(names))}")
         if flag not in vars(args) or flag in NOT_SWEPT:
-            fail(f"--sweep {flag}: this is no number that arms can have as their own; sweep learning_rate, for example")
-        if flag in sweep:
-            fail(f"--sweep: {flag} is listed twice")
-        sweep[flag] = values
+            fail(f"{title}: this is no number that arms can have as their own; sweep learning_rate, for example")
+        if flag in sweep.setdefault(name, {}):
+            fail(f"{title} is listed twice")
+        sweep[name][flag] = values
     return sweep
 
 
@@ -106,7 +113,7 @@ def plan_runs(args, flags, arms, parse_args):
         if args.seeds > 1:
             seeds = {"split_seed": args.seed + repeat} | seeds
         for arm, more in arms.items():
-            for values in find_grid(parse_args([*flags, *more, *ONE_RUN]), more, sweep):
+            for values in find_grid(parse_args([*flags, *more, *ONE_RUN]), arm.split()[0], more, sweep):
                 runs.append(plan_run(args, flags, arm, more, values, seeds, parse_args))
     if args.resume and not any(run.args.resume for run in runs):
         fail(f"--resume: {args.output_dir} holds no comparison; leave --resume out to start one")

@@ -16,7 +16,6 @@ from fllama import checkpoints, options
 
 GLOBAL_EVAL_ROWS = 512  # at most so many of the global held-out rows are evaluated
 OWN_EVAL_ROWS = 16  # at most so many of a client's own held-out rows are evaluated in a round; at the end all are
-ANSWERED_ROWS = 96  # held-out questions that are answered before and after training, for exact match and F1
 
 
 @dataclass
@@ -29,6 +28,7 @@ class ClientData:
     num_train: list  # how many rows each client trains on, which is its weight
     global_held_out: datasets.Dataset  # the same on all ranks
     global_numbers: list  # of its rows: the same row has the same number, however the rows are dealt out
+    num_questions: int  # at most so many of its rows are answered before and after training, for exact match and F1
     plan: list  # of the rounds, see utils.plan_rounds
     rank: int
     rows_per_turn: int  # or sequences, with --packing
@@ -62,7 +62,7 @@ class ClientData:
     def questions(self):
         """Return the held-out questions that are answered before and after training."""
         questions = answerable(self.global_held_out)
-        return questions.select(range(min(ANSWERED_ROWS, len(questions))))
+        return questions.select(range(min(self.num_questions, len(questions))))
 
     def last_played_here(self, rounds_done):
         """Return the clients whose last turn in the first `rounds_done` rounds was on this rank."""
@@ -121,6 +121,7 @@ def load_client_data(rank, args, run, drawn=None):
         num_train=[len(part) for part in split["train"]],
         global_held_out=global_held_out,
         global_numbers=global_numbers,
+        num_questions=args.eval_questions,
         plan=plan,
         rank=rank,
         rows_per_turn=rows_per_turn,

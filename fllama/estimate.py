@@ -115,7 +115,8 @@ def print_estimate(args, numbers, num_rows, num_held_out, lengths):
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     copies = checkpoints.KEPT_CHECKPOINTS + 1
     clients, _ = options.training_clients(args)
-    evaluated, answered = min(num_held_out, data.GLOBAL_EVAL_ROWS), min(num_held_out, data.ANSWERED_ROWS)
+    evaluated = min(num_held_out, data.GLOBAL_EVAL_ROWS)
+    answered = min(evaluated, args.eval_questions)
     lines = [
         "dry run: from sizes; nothing is loaded, trained or written",
         f"  model      {(linear + others) / 1e6:,.1f} M parameters, {linear / 1e6:,.1f} M of them in linear layers; "

@@ -95,14 +95,15 @@ def seed(text):
 
 
 def sweep(text):
-    """Return (flag, its values as texts) of learning_rate=1e-3,3e-3."""
-    name, _, listed = text.partition("=")
+    """Return (name, flag, its values as texts) of ffa:learning_rate=1e-3,3e-3; the name is "" without one."""
+    start, _, listed = text.partition("=")
+    name, _, flag = start.rpartition(":")
     values = [value.strip() for value in listed.split(",")]
     for value in values:
         number(value, float)
     if len({float(value) for value in values}) < len(values):
         raise argparse.ArgumentTypeError(f"{text!r} lists a value twice")
-    return name.strip().removeprefix("--"), values
+    return name.strip(), flag.strip().removeprefix("--"), values
 
 
 def columns(text):

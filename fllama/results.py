@@ -182,7 +182,7 @@ def compare_runs(args, arms, runs, ended):
         best, chosen[arm] = choose_value(candidates, grid, score, args.seed)
         columns.append([row_of_run(run, bool(args.sweep), args.seed, score) for run in best])
         own[arm] = gains.own_scores([run for run in best if run], score)
-    comparison = {"swept": [flag for flag, _ in args.sweep or []]}
+    comparison = {"swept": list(dict.fromkeys(flag for _, flag, _ in args.sweep or []))}
     comparison |= compare_rows(arms, list(zip(*columns)), args.seeds)
     for row in comparison["rows"]:
         others = {}  # what the row's clients are compared with

@@ -266,7 +266,7 @@ def planned(arm, folder, **values):
     return compare.Planned(arm, values, arm, folder, None, [])
 
 
-SWEPT = SimpleNamespace(sweep=[("learning_rate", ["1e-3", "3e-3"])], seed=42, seeds=1)
+SWEPT = SimpleNamespace(sweep=[("", "learning_rate", ["1e-3", "3e-3"])], seed=42, seeds=1)
 
 
 def swept_runs(folder):
@@ -461,14 +461,27 @@ def test_runs_of_a_sweep(tmp_path):
     assert {run.args.own_eval_rows for run in runs} == {0}
 
 
+def test_values_of_one_arm(tmp_path):
+    """They come in place of those of all arms; all runs with that name have them, whatever else is their own."""
+    flags = "--world_size 2 --sweep learning_rate=1e-3,3e-3 --sweep ffa:learning_rate=1e-2 --sweep fedadam:server_lr=1"
+    runs = plan(tmp_path, "--compare", "fedavg, ffa, ffa --lora_r 4, fedadam", *flags.split())
+    assert [(run.arm, run.values) for run in runs] == [
+        ("fedavg", {"learning_rate": "1e-3"}), ("fedavg", {"learning_rate": "3e-3"}),
+        ("ffa", {"learning_rate": "1e-2"}), ("ffa --lora_r 4", {"learning_rate": "1e-2"}),
+        ("fedadam", {"learning_rate": "1e-3", "server_lr": "1"}),
+        ("fedadam", {"learning_rate": "3e-3", "server_lr": "1"}),
+    ]  # fmt: skip
+    assert [run.args.learning_rate for run in runs] == [1e-3, 3e-3, 1e-2, 1e-2, 1e-3, 3e-3]
+
+
 def test_no_sweep_of_fedprox_where_nothing_is_averaged(tmp_path):
     runs = plan(tmp_path, "--compare", "local, centralized, fedavg", "--sweep", "prox_mu=0.01,0.1")
     assert [run.values for run in runs] == [{}, {}, {"prox_mu": "0.01"}, {"prox_mu": "0.1"}]
 
 
 @pytest.mark.parametrize(
-    "flag", "split_seed num_clients partition partition_column dirichlet_alpha own_eval_rows max_length learn columns"
-    " dataset_path dataset_config dataset_train_split dataset_test_split num_cl".split()
+    "flag", "split_seed num_clients partition partition_column dirichlet_alpha own_eval_rows eval_questions max_length"
+    " learn columns dataset_path dataset_config dataset_train_split dataset_test_split num_cl".split()
 )  # fmt: skip
 def test_all_arms_have_the_same_split_and_rows(flag, capsys):
     """Also if a flag is abbreviated, as argparse allows."""

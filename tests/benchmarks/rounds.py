@@ -58,7 +58,7 @@ def rank_without_steps(rank, args, run):
     import main
     from fllama import clients, data
 
-    data.ANSWERED_ROWS, data.GLOBAL_EVAL_ROWS = 1, 1  # not what is timed
+    data.GLOBAL_EVAL_ROWS = 1  # not what is timed
 
     counts = []  # of the pretended GPU, as each turn begins
     pretending = sys.modules.get("pretend_cuda")

@@ -4,7 +4,6 @@ Medians of 5 of the embedded default, in turn; the imports of a rank alone besid
 together read of the model from the disk, after its file has been dropped from the cache of the system.
 """
 
-import functools
 import json
 import os
 import statistics
@@ -18,21 +17,17 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import main
 
-ALL_QUESTIONS = 10**6
-
 
 def read_bytes():
     line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes"))
     return int(line.split()[1])
 
 
-def first_step_rank(questions, rank, args, run):
+def first_step_rank(rank, args, run):
     """Write down when the first step begins, and how much this rank has read from the disk until then."""
     before = read_bytes()
     import federated
-    from fllama import data
 
-    data.ANSWERED_ROWS = min(data.ANSWERED_ROWS, questions)
     original = federated.local_steps
 
     def local_steps(*args_of_steps):
@@ -44,11 +39,11 @@ def first_step_rank(questions, rank, args, run):
     main.run_rank(rank, args, run)
 
 
-def first_step(world_size, *flags, questions=ALL_QUESTIONS):
+def first_step(world_size, *flags):
     """Return (seconds until the slowest rank begins its first step, bytes that all have read)."""
     with tempfile.TemporaryDirectory() as folder:
         short = f"--world_size {world_size} --num_rounds 1 --local_steps 1 --output_dir {folder}".split()
-        command = [sys.executable, __file__, "run", str(questions), *short, *flags]
+        command = [sys.executable, __file__, "run", *short, *flags]
         start = time.time()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         ranks = [json.loads(Path(folder, f"first_{rank}.json").read_text()) for rank in range(world_size)]
@@ -80,13 +75,13 @@ def reads(smollm2):
         file = os.open(Path(smollm2, "model.safetensors"), os.O_RDONLY)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
-        _, read = first_step(world_size, "--model_name", smollm2, questions=1)
+        _, read = first_step(world_size, "--model_name", smollm2, "--eval_questions", "1")
         print(f"| {world_size} | {read / 1e6:.0f} | {read / size:.2f} |")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
-        main.main(sys.argv[3:], target=functools.partial(first_step_rank, int(sys.argv[2])))
+        main.main(sys.argv[2:], target=first_step_rank)
     else:
         compare()
         if len(sys.argv) > 1:
