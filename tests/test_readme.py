@@ -231,9 +231,13 @@ def shorten(command):
         first, *_, last = words[place].split(",")
         words[place] = f"{first},{last}"
         words += ["--seeds", "1"]
-    if "--sweep" in words:
-        place = words.index("--sweep") + 1
-        words[place] = words[place].split(",")[0]
+    for place, word in enumerate(words):
+        if word == "--sweep":
+            flag, values = words[place + 1].split("=")
+            words[place + 1] = flag.split(":")[-1] + "=" + values.split(",")[0]  # the arm may be left out
+    while words.count("--sweep") > 1:
+        place = words.index("--sweep")
+        del words[place : place + 2]
     if words[1] == "main.py" and not {"--ask", "--merge", "--dry_run"} & set(words):
         words += "--num_rounds 2 --local_steps 1 --eval_rounds 2 --repeats 1".split()
     return shlex.join(words)
