@@ -220,10 +220,11 @@ def launch(target, args, run):
             print(f"main.py: {message}", file=sys.stderr, flush=True)
         if asked or any(report and report.code == STOPPED for report in reports):  # of a signal to one rank alone
             wait_for_ranks(processes, readers, reports, stop=True)
-        if all(report and report.code == 0 for report in reports):
-            return 0, ""
+        finished = all(report and report.code == 0 for report in reports)
         if asked:
-            end_stopped(args, processes, reports, asked)
+            end_stopped(args, processes, reports, asked, finished)
+        if finished:
+            return 0, ""
         deadline = time.monotonic() + 1
         while not all(reports) and time.monotonic() < deadline:  # for those that fail over it to say so
             time.sleep(0.05)
@@ -275,8 +276,14 @@ def collect_reports(readers, reports):
                 reports[rank] = reader.recv()
 
 
-def end_stopped(args, processes, reports, asked):
-    """End the program after a request to stop, `asked`; says where the run goes on."""
+def end_stopped(args, processes, reports, asked, finished):
+    """End the program after a request to stop, `asked`; says where the run goes on.
+
+    Also where the run has just `finished`: a comparison would go on with the next one.
+    """
+    if finished:
+        print("main.py: stopped, and this run has just finished", file=sys.stderr)
+        raise asked
     if any(report and report.trace for report in reports):
         print(f"main.py: {describe_failure(processes, reports)[1]}", file=sys.stderr)
     newest = checkpoints.find_newest(args.output_dir)

@@ -24,9 +24,10 @@ from runs import (
     start_script,
     wait_for_round,
 )
-from workers import troubled_rank
+from workers import ask_to_stop, troubled_rank
 
-from fllama import launch, runlog
+import main
+from fllama import launch, prepare, runlog
 
 slow = pytest.mark.slow
 MANY = "--num_clients 6 --clients_per_round 4 "  # two turns a round and rank
@@ -148,6 +149,20 @@ def test_what_a_request_to_stop_is_answered(tmp_path):
     first, last = ({"seconds": {"local": local, "average": 0.5, "eval": 2, "save": 0.1}} for local in (200, 61.2))
     write_rows(tmp_path / "rounds.jsonl", [first, last])
     assert launch.describe_stop(args) == "finishing the round and saving (a round takes about 64 s)"
+
+
+def test_a_stop_when_the_run_has_just_finished(tmp_path, capsys):
+    """It is no run to go on with, but the program ends: a comparison would begin its next run."""
+    args = argparse.Namespace(output_dir=str(tmp_path), world_size=1, num_rounds=4)
+    run = prepare.Run(model_path="", data_path="")
+    before = signal.signal(signal.SIGUSR1, main.stop)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            launch.launch(functools.partial(ask_to_stop, os.getpid()), args, run)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert stop.value.code == 128 + signal.SIGUSR1
+    assert capsys.readouterr().err.splitlines()[-1] == "main.py: stopped, and this run has just finished"
 
 
 @slow

@@ -166,6 +166,13 @@ def gradients_rank(rank, args, run):
     torch.save(trace, f"{args.output_dir}/gradients.pt")
 
 
+def ask_to_stop(program, rank, args, run):
+    """Ask the program to stop, and then finish as if it had come too late."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what the program passes on
+    os.kill(program, signal.SIGUSR1)
+    time.sleep(1)
+
+
 # -----------------------------------------------------------------------------
 # many runs in one launch, on rows that are prepared once
 
