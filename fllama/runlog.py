@@ -101,7 +101,8 @@ class RunLog:
             self.hinted = True
             self.say(
                 f"  averaging A and B apart makes an error of {error:.0%} of the product that they stand for here; "
-                "--lora_variant ffa or rolora, --aggregator svd, or fewer --local_steps avoid it"
+                "--lora_variant ffa or rolora, --aggregator svd, or fewer --local_steps make less; which is better, "
+                "--compare tells"
             )
 
     def wait(self):
