@@ -1,5 +1,6 @@
 """The rows of clients in the order in which they read them, and packs of rows."""
 
+import dataclasses
 import json
 
 import datasets
@@ -56,6 +57,7 @@ def test_ranks_share_the_global_rows_out(ranks):
     shares = [its_data.global_share()["id"][:] for its_data in ranks]
     assert sorted(shares[0] + shares[1]) == list(range(100, 200)) and len(shares[0]) == len(shares[1]) == 50
     assert len(ranks[0].questions()) == 96
+    assert len(dataclasses.replace(ranks[0], num_questions=5).questions()) == 5
     numbers = ranks[0].global_numbers  # in their split, whatever the seed
     assert ranks[0].global_held_out["id"] == [100 + number for number in numbers] and numbers != sorted(numbers)
 
